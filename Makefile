@@ -1,0 +1,45 @@
+# make demo and make test need Python 3.10 or later, git and make; everything else is set up in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 5000
+
+.PHONY: demo test lint soak bench clean
+
+demo: $(VENV)/demo.stamp
+	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its sessions stay in instance/sessions.db)"
+	$(BIN)/gunicorn --workers 2 --threads 4 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m soak
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flask_persist_session example_app
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks
+
+$(VENV)/pip.stamp:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed; name one with PYTHON=…')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/pip.stamp setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS_$*)]"
+	@touch $@
+
+EXTRAS_demo := demo
+EXTRAS_test := test
+EXTRAS_lint := test,lint
+EXTRAS_bench := test,bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,149 @@
+"""The settings: read from ``app.config`` once, checked in one place, kept in one frozen value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from .exceptions import ConfigError
+from .serializers import SERIALIZERS
+
+if TYPE_CHECKING:
+    from .stores.base import SessionStore
+
+PREFIX = "PERSIST_SESSION_"
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The settings of one application; each field is the key ``PERSIST_SESSION_`` and its name in capitals.
+
+    Durations are seconds here; in ``app.config`` they may also be a ``timedelta`` or text such as ``"30m"``.
+    """
+
+    store: str | SessionStore | Any = "sqlite:///sessions.db"
+    """URL of the store, or a ``SessionStore`` or ``cachelib`` cache object."""
+    serializer: str = "msgpack"
+    """What writes session data: ``msgpack``, ``json`` or ``pickle``. All but ``pickle`` are always read."""
+    idle_timeout: float | None = None
+    """Seconds after its last request at which a session expires; ``None``: the app's ``PERMANENT_SESSION_LIFETIME``."""
+    absolute_timeout: float | None = None
+    """Seconds after sign-in at which a session expires whatever happens; ``None``: never."""
+    renew_interval: float = 60.0
+    """Seconds between two renewals of the same session; 0: each request renews, as Flask does."""
+    keep_ended: float = 86400.0
+    """Seconds for which a session that was ended is remembered, so that its user can be told why."""
+    max_bytes: int = 1024 * 1024
+    """Largest encoded payload of one session, in bytes."""
+    no_store: bool = False
+    """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
+    enabled: bool = True
+    """``False`` leaves the application with Flask's own cookie session."""
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Config:
+        """Read and check the settings of ``app.config``.
+
+        Raises ``ConfigError``, naming the key, its value and what is allowed, for the first that is unknown or wrong.
+        """
+        given = {key: value for key, value in settings.items() if key.startswith(PREFIX)}
+        known = {PREFIX + field.name.upper(): field.name for field in fields(cls)}
+        values = {}
+        for key, value in given.items():
+            if key not in known:
+                raise ConfigError(_unknown(key, list(known)))
+            values[known[key]] = _CHECKS[known[key]](key, value)
+        return cls(**values)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}"
+    return f"{key} is not a setting of Flask-Persist-Session; {hint}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as ``"90"``, ``"45s"``, ``"30m"``, ``"24h"``, ``"7d"`` or ``"2w"``.
+
+    Raises ``ValueError`` for anything else.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write a number and s, m, h, d or w, such as 30m or 24h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _duration(key: str, value: Any) -> float:
+    allowed = 'a number of seconds of at least 0, a timedelta, or text such as "30m", "24h" or "7d"'
+    try:
+        seconds = parse_duration(value) if isinstance(value, str) else _seconds(value)
+    except (TypeError, ValueError):
+        raise _wrong(key, value, allowed) from None
+    if not 0 <= seconds < math.inf:
+        raise _wrong(key, value, allowed)
+    return seconds
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _timeout(key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    seconds = _duration(key, value)
+    if seconds == 0:
+        raise _wrong(key, value, "a duration of more than 0 seconds, or None")
+    return seconds
+
+
+def _size(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _wrong(key, value, "a whole number of bytes, at least 1")
+    return value
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(key, value, "True or False (true or false in the environment)")
+    return value
+
+
+def _serializer(key: str, value: Any) -> str:
+    if value not in SERIALIZERS:
+        raise _wrong(key, value, f"one of {', '.join(SERIALIZERS)}")
+    return str(value)
+
+
+def _store(key: str, value: Any) -> Any:
+    if value is None or value == "":
+        raise _wrong(key, value, 'a URL such as "sqlite:///sessions.db", or a store object')
+    return value
+
+
+def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{key} is {value!r}; allowed is {allowed}")
+
+
+_CHECKS = {
+    "store": _store,
+    "serializer": _serializer,
+    "idle_timeout": _timeout,
+    "absolute_timeout": _timeout,
+    "renew_interval": _duration,
+    "keep_ended": _duration,
+    "max_bytes": _size,
+    "no_store": _flag,
+    "enabled": _flag,
+}

@@ -1,0 +1,42 @@
+"""Every error this package raises; all of them descend from ``PersistSessionError``."""
+
+from __future__ import annotations
+
+
+class PersistSessionError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(PersistSessionError):
+    """A setting or store URL is wrong; the message names the key, the value and what is allowed."""
+
+
+class SerializationError(PersistSessionError):
+    """A value cannot be stored, or a stored record cannot be read.
+
+    On the way in the message names the key path of the value; on the way out it says what is wrong with the record.
+    """
+
+
+class SessionTooLarge(PersistSessionError):
+    """The payload exceeds ``PERSIST_SESSION_MAX_BYTES``; the message names the largest keys."""
+
+
+class SessionConflict(PersistSessionError):
+    """A record was not at the expected version: somebody else created, changed, ended or deleted it."""
+
+
+class SessionNotFound(PersistSessionError):
+    """No live session has that id."""
+
+
+class StoreError(PersistSessionError):
+    """The store failed; what was stored before is unchanged. The driver's error is the ``__cause__``."""
+
+
+class StoreUnavailable(StoreError):
+    """The store could not be reached within its timeout; inside a request this becomes an HTTP 503 with ``Retry-After``."""
+
+
+class UnsupportedByStore(StoreError):
+    """The store cannot do this; the message says why."""

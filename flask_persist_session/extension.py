@@ -1,0 +1,110 @@
+"""``PersistSession``: puts the sessions of a Flask application into a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flask import Flask, Response, current_app
+from werkzeug.exceptions import ServiceUnavailable
+
+from .cli import sessions_cli
+from .config import Config
+from .exceptions import ConfigError, StoreUnavailable
+from .interface import PersistSessionInterface, secret_keys
+from .manager import SessionManager
+from .serializers import Codec
+from .stores import open_store
+from .stores.base import SessionStore
+
+_KEY = "persist_session"
+_RETRY_AFTER = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the extension keeps per application."""
+
+    config: Config
+    store: SessionStore
+    manager: SessionManager
+
+
+class PersistSession:
+    """Server-side sessions for Flask::
+
+        app = Flask(__name__)
+        app.secret_key = "…"
+        PersistSession(app)
+
+    One object serves any number of applications; what belongs to one of them is kept there.
+    """
+
+    def __init__(self, app: Flask | None = None) -> None:
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Read the settings of *app* and take over its sessions.
+
+        With ``PERSIST_SESSION_ENABLED = False`` only the settings are checked. Raises ``ConfigError`` naming the
+        setting that is wrong, or if *app* has the extension already.
+        """
+        if _KEY in app.extensions:
+            raise ConfigError(f"PersistSession is already set up for the application {app.name!r}; call it once")
+        config = Config.from_mapping(app.config)
+        if not config.enabled:
+            return
+        store = open_store(config.store, base_path=app.instance_path)
+        manager = SessionManager(
+            store,
+            Codec(config.serializer, keys=lambda: secret_keys(app)),
+            idle_timeout=lambda: config.idle_timeout or app.permanent_session_lifetime.total_seconds(),
+            absolute_timeout=config.absolute_timeout,
+            renew_interval=config.renew_interval,
+            keep_ended=config.keep_ended,
+            max_bytes=config.max_bytes,
+            sender=app,
+        )
+        app.extensions[_KEY] = _State(config, store, manager)
+        app.session_interface = PersistSessionInterface(manager, no_store=config.no_store)
+        if StoreUnavailable not in app.error_handler_spec[None][None]:
+            app.register_error_handler(StoreUnavailable, _answer_unavailable)
+        app.cli.add_command(sessions_cli)
+
+    @property
+    def manager(self) -> SessionManager:
+        """The manager of the current application's web sessions.
+
+        Raises ``RuntimeError`` outside of an application context, ``ConfigError`` if the application lacks the
+        extension or has it switched off.
+        """
+        return _state().manager
+
+    @property
+    def store(self) -> SessionStore:
+        """The store of the current application's web sessions. Raises as ``manager`` does."""
+        return _state().store
+
+    @property
+    def config(self) -> Config:
+        """The settings of the current application. Raises as ``manager`` does."""
+        return _state().config
+
+
+def _state() -> _State:
+    state = current_app.extensions.get(_KEY)
+    if state is None:
+        raise ConfigError(
+            f"the application {current_app.name!r} has no server-side sessions: call PersistSession(app) or "
+            "init_app(app), and leave PERSIST_SESSION_ENABLED on"
+        )
+    assert isinstance(state, _State)
+    return state
+
+
+def _answer_unavailable(error: StoreUnavailable) -> Response:
+    current_app.logger.error("the session store is unavailable: %s", error)
+    answer = current_app.handle_http_exception(
+        ServiceUnavailable("The session store cannot be reached. Please try again shortly.", retry_after=_RETRY_AFTER)
+    )
+    return current_app.make_response(answer)

@@ -1,0 +1,158 @@
+"""The values that cross the store contract: records, queries, changes and statistics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+State: TypeAlias = Literal["active", "expired", "ended"]
+
+ORDERS = ("id", "created_at", "accessed_at", "expires_at")
+_SESSION_ID = re.compile(r"[0-9a-f]{67}", re.ASCII)
+
+
+def is_session_id(value: str) -> bool:
+    """Whether *value* has the form of a session id: 3 hex digits of shard and 64 of SHA-256.
+
+    Nothing else names a record, so a store may use an id in a path or key once this is true.
+    """
+    return _SESSION_ID.fullmatch(value) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    """What a store keeps of one session. All times are seconds since the epoch, UTC."""
+
+    id: str
+    """Public name of the session; it opens nothing."""
+    user_id: str | None
+    tenant_id: str | None
+    tags: frozenset[str]
+    metadata: Mapping[str, JSON]
+    """Searchable description, readable without decoding the payload."""
+    data: bytes = field(repr=False)
+    """The encoded payload, opaque to the store."""
+    created_at: float
+    accessed_at: float
+    expires_at: float
+    ended_at: float | None
+    end_reason: str | None
+    version: int
+    """1 on creation, one more with each save."""
+
+    def state(self, now: float) -> State:
+        """Say whether the session is ``active``, ``expired`` or ``ended`` at *now* (seconds since the epoch)."""
+        if self.ended_at is not None:
+            return "ended"
+        return "active" if now < self.expires_at else "expired"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One compare-and-set: store *record* if the stored version is *expected* (0: if there is none)."""
+
+    record: SessionRecord
+    expected: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """One removal: delete the record *id* if its version is *expected* (``None``: whatever its version)."""
+
+    id: str
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionQuery:
+    """A filter over records, with order and paging; ``None`` and empty conditions match everything.
+
+    ``*_after`` includes the given moment, ``*_before`` excludes it. *state* is judged at *now*, which it requires.
+    *tags* must all be present. *text* is looked for, ignoring case, in the user id, the tags and the metadata's
+    strings. *order_by* is one of ``ORDERS``, with a leading ``-`` for descending, ties broken by id; ``None`` lets the
+    store stream in any order. *offset* and *limit* cut the result after ordering.
+
+    Raises ``ValueError`` for an unknown order, a negative limit or offset, or a state without *now*.
+    """
+
+    ids: frozenset[str] | None = None
+    user_id: str | None = None
+    tenant_id: str | None = None
+    tags: frozenset[str] = frozenset()
+    state: State | None = None
+    now: float | None = None
+    created_after: float | None = None
+    created_before: float | None = None
+    accessed_after: float | None = None
+    accessed_before: float | None = None
+    expires_after: float | None = None
+    expires_before: float | None = None
+    text: str | None = None
+    order_by: str | None = None
+    limit: int | None = None
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order_by is not None and self.order_by.removeprefix("-") not in ORDERS:
+            raise ValueError(
+                f"order_by is {self.order_by!r}; allowed are {', '.join(ORDERS)}, each with an optional '-'"
+            )
+        if self.offset < 0 or (self.limit is not None and self.limit < 0):
+            raise ValueError(f"limit ({self.limit}) and offset ({self.offset}) cannot be negative")
+        if self.state is not None and self.now is None:
+            raise ValueError("a query by state needs now=, the moment at which the state is judged")
+
+    def matches(self, record: SessionRecord) -> bool:
+        """Whether *record* fulfils every condition; this is what each store's ``find`` and ``count`` must agree with."""
+        return (
+            (self.ids is None or record.id in self.ids)
+            and (self.user_id is None or record.user_id == self.user_id)
+            and (self.tenant_id is None or record.tenant_id == self.tenant_id)
+            and self.tags <= record.tags
+            and (self.state is None or self.now is None or record.state(self.now) == self.state)
+            and _within(record.created_at, self.created_after, self.created_before)
+            and _within(record.accessed_at, self.accessed_after, self.accessed_before)
+            and _within(record.expires_at, self.expires_after, self.expires_before)
+            and (self.text is None or _mentions(record, self.text.casefold()))
+        )
+
+
+def _within(moment: float, after: float | None, before: float | None) -> bool:
+    return (after is None or moment >= after) and (before is None or moment < before)
+
+
+def _mentions(record: SessionRecord, text: str) -> bool:
+    haystack = [record.user_id or "", *record.tags, *_strings(record.metadata)]
+    return any(text in straw.casefold() for straw in haystack)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStats:
+    """Figures of one store: how many records in which state, of how many users, how large and how old."""
+
+    total: int = 0
+    active: int = 0
+    expired: int = 0
+    ended: int = 0
+    users: int = 0
+    """Different pairs of tenant and user among all records."""
+    bytes: int = 0
+    """Sum of the encoded payloads."""
+    oldest: float | None = None
+    """``created_at`` of the first record."""
+    newest: float | None = None
+    """``created_at`` of the last record."""

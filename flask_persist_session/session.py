@@ -1,0 +1,264 @@
+"""``Session``, the mapping behind ``flask.session``: loads on first use and notices every change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+from flask.sessions import SessionMixin
+
+from .manager import Outcome, SessionManager, StoredSession
+from .tokens import session_id
+
+#: Values of these types cannot change in place, so handing one out needs no look at the end whether it changed.
+_IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
+
+CookieTask: TypeAlias = Literal["keep", "set", "renew", "delete"]
+"""What the response's cookie needs: nothing, a (new) token, the same token with a new time, or to go."""
+
+
+class Session(SessionMixin):
+    """The session of one request: a mutable mapping that is loaded from the store when it is first touched.
+
+    :param manager: the manager of its namespace.
+    :param read_token: returns the verified token that the request carries, or ``None``; called at most once.
+    """
+
+    def __init__(self, manager: SessionManager, read_token: Callable[[], str | None]) -> None:
+        self._manager = manager
+        self._read_token = read_token
+        self._data: dict[str, Any] | None = None
+        self._stored: StoredSession | None = None
+        self._closed: StoredSession | None = None
+        self._token: str | None = None
+        self._cookie: CookieTask = "keep"
+        self._changed = False  # a key was set or removed
+        self._exposed = False  # a value that can change in place was handed out
+        self._forced: bool | None = None  # what the application said through ``modified``
+        self._cleared = False
+        self._regenerate = False
+        self._frozen = False  # the session has ended: this request stores nothing any more
+        self._failed = False
+
+    # Loading ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the store has been asked for the session."""
+        return self._data is not None
+
+    def _load(self) -> dict[str, Any]:
+        if self._data is None:
+            token = self._read_token()
+            found = None if token is None else self._manager.load(session_id(token))
+            if found is None or found.state == "active":
+                self._stored, self._token = found, token
+            else:
+                self._closed = found
+                # A request that was under way when its session moved to a new token must not start another one: its
+                # cookie would replace the new one in the browser.
+                self._frozen = found.end_reason == "regenerated"
+            self._data = {} if self._stored is None else self._stored.data
+        return self._data
+
+    # The mapping ------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._load()[key]
+        if type(value) not in _IMMUTABLE:
+            self._exposed = True
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of *key*, or *default*."""
+        value = self._load().get(key, default)
+        if type(value) not in _IMMUTABLE:
+            self._exposed = True
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._load()[key] = value
+        self._note_change()
+
+    def __delitem__(self, key: str) -> None:
+        del self._load()[key]
+        self._note_change()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._load())
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._load()
+
+    def clear(self) -> None:
+        """Remove everything: the session ends when it is saved, and what is put in afterwards starts a new one."""
+        self._load().clear()
+        self._cleared = True
+        self._note_change()
+
+    def copy(self) -> dict[str, Any]:
+        """A shallow copy as a dict."""
+        self._exposed = True
+        return dict(self._load())
+
+    def __repr__(self) -> str:
+        if not self.loaded:
+            return "<Session, not loaded>"
+        return f"<Session {self.id or 'new'}, keys {sorted(map(str, self._load()))}>"
+
+    def _note_change(self) -> None:
+        self._changed = True
+        if self._forced is False:
+            self._forced = None
+
+    # What is known of it ----------------------------------------------------------------------------------------------
+
+    @property
+    def modified(self) -> bool:
+        """Whether a key was set or removed. Set it to ``True`` to have the session saved and renewed in any case, to
+        ``False`` to have the changes so far not saved. Changes inside nested values are noticed without it.
+        """
+        return self._changed if self._forced is None else self._forced
+
+    @modified.setter
+    def modified(self, value: bool) -> None:
+        self._load()
+        self._forced = bool(value)
+
+    @property
+    def id(self) -> str | None:
+        """Public id of the stored session; ``None`` until a new one is saved."""
+        self._load()
+        return self._stored.id if self._stored else None
+
+    @property
+    def new(self) -> bool:  # type: ignore[override]
+        """Whether the request came without a live session."""
+        self._load()
+        return self._stored is None
+
+    @property
+    def user_id(self) -> str | None:
+        """The user whose session this is."""
+        self._load()
+        return self._stored.user_id if self._stored else None
+
+    @property
+    def tenant_id(self) -> str | None:
+        """The tenant within which the session lives."""
+        self._load()
+        return self._stored.tenant_id if self._stored else None
+
+    @property
+    def created_at(self) -> float | None:
+        """Seconds since the epoch at which the session began; ``None`` until a new one is saved."""
+        self._load()
+        return self._stored.created_at if self._stored else None
+
+    @property
+    def expires_at(self) -> float | None:
+        """Seconds since the epoch at which the session expires unless it is renewed; ``None`` until it is saved."""
+        self._load()
+        return self._stored.expires_at if self._stored else None
+
+    @property
+    def end_reason(self) -> str | None:
+        """Why the session that the request came with is closed (``"expired"``, ``"revoked"`` …), ``None`` if it is not."""
+        self._load()
+        return self._closed.end_reason if self._closed else None
+
+    # Changing it as a whole -------------------------------------------------------------------------------------------
+
+    def regenerate(self) -> None:
+        """Give the session a new token and id when it is saved; its data stays, the old token opens nothing any more.
+
+        Do so whenever rights change (OWASP ASVS 5.0, 7.2.4).
+        """
+        self._load()
+        self._regenerate = True
+
+    def flush(self) -> None:
+        """Remove everything and delete the session when it is saved; what is put in afterwards starts a new one."""
+        self.clear()
+
+    def save(self) -> None:
+        """Store the session now, not at the end of the request: for bodies that stream after the headers have left.
+
+        A new session still needs a response whose headers can carry its cookie.
+
+        Raises ``SerializationError``, ``SessionTooLarge``, ``SessionConflict``, ``StoreError``; the stored state is
+        then as it was.
+        """
+        self.finish(renew=False)
+
+    def finish(self, *, renew: bool) -> CookieTask:
+        """Store what is to be stored and say what the cookie needs; with *renew* even an untouched session is renewed.
+
+        Raises as ``save`` does. After an error the session is not stored by a later call either, so that the response
+        which reports the error does not fail on it again.
+        """
+        if self._failed or not (self.loaded or renew):
+            return "keep"
+        self._failed = True
+        self._store(self._load(), renew)
+        self._failed = False
+        return self._cookie
+
+    @property
+    def token(self) -> str:
+        """The secret for the cookie; only there when ``finish`` asks to set it."""
+        if self._token is None:
+            raise LookupError("the session has no token until it is stored")
+        return self._token
+
+    def _store(self, data: dict[str, Any], renew: bool) -> None:
+        wanted = self._changed or self._exposed or self._regenerate if self._forced is None else self._forced
+        if self._frozen:
+            self._drop_changes()
+        elif self._stored is None:
+            self._store_new(data, wanted)
+        elif wanted and not data:
+            self._delete(self._stored)
+        elif wanted and self._cleared:
+            self._adopt(self._manager.restart(self._stored, data))
+        elif wanted and self._regenerate:
+            self._adopt(self._manager.regenerate(self._stored))
+        elif wanted:
+            self._save(self._stored, renew or self._forced is True)
+        elif renew:
+            self._finish_save(self._manager.renew(self._stored), "renew")
+        self._changed, self._forced, self._cleared, self._regenerate = False, None, False, False
+
+    def _drop_changes(self) -> None:
+        if self._changed and self._closed is not None:
+            self._manager.discard(self._closed.id, self._closed.end_reason)
+
+    def _store_new(self, data: dict[str, Any], wanted: bool) -> None:
+        if wanted and data:
+            self._adopt(self._manager.create(data))
+        elif wanted and self._changed:
+            self._cookie = "delete"
+
+    def _delete(self, stored: StoredSession) -> None:
+        self._manager.flush(stored.id)
+        self._stored, self._token, self._cookie = None, None, "delete"
+
+    def _adopt(self, stored: StoredSession | None) -> None:
+        """Go on under a new token, or with nothing if the session ended meanwhile."""
+        self._frozen = stored is None
+        if stored is not None:
+            self._stored, self._data, self._token, self._cookie = stored, stored.data, stored.token, "set"
+
+    def _save(self, stored: StoredSession, renew: bool) -> None:
+        changed = self._changed or self._forced is True
+        outcome = self._manager.save(stored, renew=renew)
+        self._data = stored.data
+        self._finish_save(outcome, ("set" if changed else "renew") if renew else "keep")
+
+    def _finish_save(self, outcome: Outcome, task: CookieTask) -> None:
+        self._frozen = outcome == "discarded"
+        if outcome == "saved" and self._cookie != "set":
+            self._cookie = task

@@ -1,0 +1,114 @@
+"""The stores, and ``open_store``, which opens one by its URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
+
+from ..exceptions import ConfigError
+from .base import SessionStore
+
+_MODULES = {
+    "memory": "memory",
+    "file": "file",
+    "sqlite": "sql",
+    "postgresql": "sql",
+    "redis": "redis",
+    "rediss": "redis",
+    "unix": "redis",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A store URL taken apart: the URL without its query, its options, and where relative paths start."""
+
+    url: SplitResult
+    options: Mapping[str, str]
+    base_path: str
+
+    @property
+    def scheme(self) -> str:
+        """What stands before the colon, in lower case."""
+        return self.url.scheme
+
+    def path(self, text: str) -> str:
+        """An absolute path of *text*, which starts at the base path if it is relative."""
+        return os.path.abspath(os.path.join(self.base_path, unquote(text)))
+
+    def read_options(self, **readers: Callable[[str], Any]) -> dict[str, Any]:
+        """The options, each read by the reader of its name. Raises ``ConfigError`` for one that is unknown or wrong."""
+        values = {}
+        for name, text in self.options.items():
+            if name not in readers:
+                allowed = ", ".join(readers) or "none"
+                raise ConfigError(f"{self} has the unknown option {name!r}; allowed is {allowed}")
+            try:
+                values[name] = readers[name](text)
+            except ValueError as error:
+                raise ConfigError(f"{self} has the option {name}={text!r}: {error}") from error
+        return values
+
+    def __str__(self) -> str:
+        return redacted(self.url)
+
+
+def open_store(url: str | SessionStore | object, *, namespace: str = "web", base_path: str = ".") -> SessionStore:
+    """The store that *url* names; nothing is connected yet.
+
+    :param url: such as ``sqlite:///sessions.db``, ``file:///var/lib/sessions``, ``redis://localhost:6379/0`` or
+        ``memory://``, with options as query parameters. A ``SessionStore`` is returned as it is, a ``cachelib`` cache
+        is adapted.
+    :param namespace: which of the sessions kept there; lower-case letters, digits and underscores.
+    :param base_path: directory in which relative paths start.
+
+    Raises ``ConfigError`` for a URL, option or path that cannot work, naming it.
+    """
+    if isinstance(url, SessionStore):
+        return url
+    if not isinstance(url, str):
+        from .cachelib import CachelibStore
+
+        return CachelibStore.adapt(url, namespace)
+    location = _take_apart(url, base_path)
+    module = import_module(f".{_MODULES[location.scheme]}", __name__)
+    store = module.open_location(location, namespace)
+    assert isinstance(store, SessionStore)
+    return store
+
+
+def _take_apart(url: str, base_path: str) -> Location:
+    try:
+        parts = urlsplit(url)
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as error:
+        raise ConfigError(f"the store URL cannot be read: {error}") from error
+    if parts.scheme not in _MODULES:
+        known = ", ".join(f"{scheme}:" for scheme in _MODULES)
+        raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; allowed are {known}")
+    return Location(parts._replace(query=""), dict(options), base_path)
+
+
+def redacted(url: SplitResult) -> str:
+    """The URL without its password and query, for messages."""
+    place = url.netloc.rpartition("@")[2]
+    return urlunsplit(url._replace(netloc=f"***@{place}" if "@" in url.netloc else place, query="", fragment=""))
+
+
+def flag(text: str) -> bool:
+    """Read an option that is 0 or 1. Raises ``ValueError`` for anything else."""
+    if text not in ("0", "1"):
+        raise ValueError("allowed is 0 or 1")
+    return text == "1"
+
+
+def seconds(text: str) -> float:
+    """Read an option that is a number of seconds above 0. Raises ``ValueError`` for anything else."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError("allowed is a number of seconds above 0")
+    return value

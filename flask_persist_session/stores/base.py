@@ -1,0 +1,221 @@
+"""The store contract, in full. A store that works needs four methods; this one keeps everything in a dict::
+
+    class DictStore(SessionStore):
+        def __init__(self):
+            self.records = {}
+            self.lock = threading.Lock()
+
+        def get(self, session_id):
+            return self.records.get(session_id)
+
+        def save(self, record, *, expected):
+            check_save(record, expected)
+            with self.lock:
+                stored = self.records.get(record.id)
+                if (stored.version if stored else 0) != expected:
+                    raise conflict(record.id, expected)
+                self.records[record.id] = record
+
+        def delete(self, session_id, *, expected=None):
+            with self.lock:
+                stored = self.records.get(session_id)
+                if stored is None or expected not in (None, stored.version):
+                    return False
+                del self.records[session_id]
+                return True
+
+        def scan(self):
+            yield from list(self.records.values())
+
+Run ``flask_persist_session.testing.SessionStoreContract`` against yours: it checks each sentence below.
+
+What holds for every method: a store knows no policy. It does not judge expiry (the manager does, with one clock), so
+expired and ended records are returned and counted like any other; a time to live of the store's own is only a safety
+net, set later than ``expires_at``. No driver's error leaves a store: what cannot be reached raises
+``StoreUnavailable`` after a bounded wait, what fails otherwise raises ``StoreError``. One store object may be used by
+many threads at once, and after a fork by both processes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NoReturn
+
+from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
+from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..tokens import shard_of
+
+
+log = logging.getLogger("flask_persist_session")
+
+
+class SessionStore(ABC):
+    """Keeps the records of one namespace."""
+
+    #: Whether ``save`` and ``delete`` are one indivisible step among all processes that use the same store.
+    #: Where this is ``False``, two processes that save at the same moment can lose one of the changes.
+    atomic: bool = True
+
+    @abstractmethod
+    def get(self, session_id: str) -> SessionRecord | None:
+        """Return the record, or ``None`` if there is none.
+
+        Ended and expired records are returned. A malformed id names no record: ``None``. What was saved comes back
+        equal in every field.
+
+        Raises ``SerializationError`` if something is stored under this id that is no intact record and no intact
+        earlier state of it can be had; ``StoreUnavailable``, ``StoreError``.
+        """
+
+    @abstractmethod
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        """Store *record* if the version stored now is *expected*; the only way anything is written.
+
+        ``expected=0`` creates: no record of that id may exist, not even an ended or expired one. Among any number of
+        processes that save with the same *expected*, exactly one succeeds. When this returns, every process sees the
+        new record and it survives the end of this process. When it raises, the stored record is the one before.
+
+        Raises ``SessionConflict`` if the version differs or the record is missing; ``ValueError`` if
+        ``record.version`` is not ``expected + 1`` or the id is malformed; ``StoreUnavailable``, ``StoreError``.
+        """
+
+    @abstractmethod
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        """Remove the record and every index entry of it; say whether there was one to remove.
+
+        With *expected*, only the record of just that version is removed, otherwise nothing happens and the answer is
+        ``False``. Missing and malformed ids: ``False``.
+
+        Raises ``StoreUnavailable``, ``StoreError``.
+        """
+
+    @abstractmethod
+    def scan(self) -> Iterator[SessionRecord]:
+        """Yield every record once, in any order, a few at a time in memory.
+
+        What is saved or deleted meanwhile may or may not be seen; a record that is there all the time is. Unreadable
+        records are left out with a warning in the log.
+
+        Raises ``UnsupportedByStore`` at once if the store cannot list; ``StoreUnavailable``, ``StoreError``.
+        """
+
+    def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        """Yield the records for which ``query.matches`` is true, in its order, within its offset and limit."""
+        matching = (record for record in self.scan() if query.matches(record))
+        return order_and_cut(matching, query)
+
+    def count(self, query: SessionQuery) -> int:
+        """Count what ``find`` would yield, with offset and limit."""
+        return sum(1 for _ in self.find(query))
+
+    def stats(self, *, now: float) -> StoreStats:
+        """Add up all records; states are judged at *now* (seconds since the epoch)."""
+        return add_up(self.scan(), now)
+
+    def save_many(self, changes: Sequence[Change]) -> list[bool]:
+        """Save each change on its own, as ``save`` does; the answer says of each whether it was saved.
+
+        ``False`` is a conflict. Raises as ``save`` does; changes before the failing one may have been saved.
+        """
+        return [self._save_or_conflict(change) for change in changes]
+
+    def _save_or_conflict(self, change: Change) -> bool:
+        try:
+            self.save(change.record, expected=change.expected)
+        except SessionConflict:
+            return False
+        return True
+
+    def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
+        """Delete each on its own, as ``delete`` does; the answer says of each whether it was removed."""
+        return [self.delete(deletion.id, expected=deletion.expected) for deletion in deletions]
+
+    def lease(self, name: str, seconds: float) -> bool:
+        """Take or prolong the lease *name* for so many seconds; say whether this store object holds it now.
+
+        At most one store object among all processes holds a lease at a time. A lease that is not prolonged ends by
+        itself, by the clock of the store. A lease of 0 seconds or less gives it up.
+
+        Raises ``UnsupportedByStore``; ``StoreUnavailable``, ``StoreError``.
+        """
+        raise UnsupportedByStore(f"{type(self).__name__} has no leases")
+
+    def close(self) -> None:
+        """Give back what is held open (connections, files). Using the store again opens it anew; closing twice is fine."""
+
+
+def check_save(record: SessionRecord, expected: int) -> None:
+    """Refuse what no store may save.
+
+    Raises ``ValueError`` for a malformed id, a version that does not follow, or a new session outside of the shard of
+    its user, where the index of the user's sessions is.
+    """
+    if not is_session_id(record.id):
+        raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
+    if record.version != expected + 1:
+        raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
+    if expected == 0 and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
+        raise ValueError(f"session {record.id} is not in the shard of its user, {shard_of(record.user_id)}")
+
+
+def conflict(session_id: str, expected: int) -> SessionConflict:
+    """The error of a save that found another version than *expected*."""
+    wanted = "no record" if expected == 0 else f"version {expected}"
+    return SessionConflict(f"session {session_id}: expected {wanted}, but it was changed, ended or removed meanwhile")
+
+
+def cannot_list(store: SessionStore, why: str) -> NoReturn:
+    """Raise the error of a store that has no way to enumerate its records."""
+    raise UnsupportedByStore(f"{type(store).__name__} cannot list sessions: {why}")
+
+
+def log_unreadable(session_id: str, error: SerializationError) -> None:
+    """Say that a listing leaves out a record that cannot be read."""
+    log.warning("session %s is left out of a listing: %s", session_id, error)
+
+
+def order_and_cut(records: Iterator[SessionRecord], query: SessionQuery) -> Iterator[SessionRecord]:
+    """Apply the order, offset and limit of *query*; holds ``offset + limit`` records in memory, or all if unlimited."""
+    end = None if query.limit is None else query.offset + query.limit
+    if query.order_by is not None:
+        records = _ordered(records, query.order_by, end)
+    return islice(records, query.offset, end)
+
+
+def _ordered(records: Iterator[SessionRecord], order_by: str, end: int | None) -> Iterator[SessionRecord]:
+    name = order_by.removeprefix("-")
+    descending = order_by.startswith("-")
+
+    def key(record: SessionRecord) -> tuple[float | str, str]:
+        return getattr(record, name), record.id
+
+    if end is None:
+        return iter(sorted(records, key=key, reverse=descending))
+    return iter((heapq.nlargest if descending else heapq.nsmallest)(end, records, key=key))
+
+
+def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:
+    """The statistics of *records*, judged at *now*, with memory for the different users only."""
+    states = {"active": 0, "expired": 0, "ended": 0}
+    users: set[tuple[str | None, str]] = set()
+    size, oldest, newest = 0, math.inf, -math.inf
+    for record in records:
+        states[record.state(now)] += 1
+        size += len(record.data)
+        oldest, newest = min(oldest, record.created_at), max(newest, record.created_at)
+        if record.user_id is not None:
+            users.add((record.tenant_id, record.user_id))
+    total = sum(states.values())
+    return StoreStats(
+        total=total,
+        **states,
+        users=len(users),
+        bytes=size,
+        oldest=oldest if total else None,
+        newest=newest if total else None,
+    )

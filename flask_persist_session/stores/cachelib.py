@@ -1,0 +1,111 @@
+"""Sessions in any ``cachelib`` cache: memcached, DynamoDB, MongoDB, uWSGI and whatever comes.
+
+A cache has no compare-and-set and no listing. Saves are serialised within this process, so a cache that only this
+process reaches is as safe as memory; between processes, a save and another change at the very same moment can lose one of
+the two. For sessions of several processes prefer the other stores.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from cachelib import BaseCache, NullCache, SimpleCache
+
+from ..exceptions import ConfigError, SerializationError, StoreError
+from ..records import SessionRecord, is_session_id
+from ..serializers import pack_record, unpack_record
+from .base import SessionStore, cannot_list, check_save, conflict
+
+log = logging.getLogger("flask_persist_session")
+
+#: How much later than ``expires_at`` an entry's own time to live ends, in seconds.
+_MARGIN = 86400
+_LOCKS = 64
+
+
+class CachelibStore(SessionStore):
+    """Keeps each session as one entry of a cache.
+
+    :param cache: a ``cachelib`` cache. Its own limits apply: what it evicts is signed out, so give it room
+        (``threshold=0`` for ``FileSystemCache`` and ``SimpleCache``).
+    :param namespace: part of the keys.
+    """
+
+    def __init__(self, cache: BaseCache, namespace: str = "web") -> None:
+        self._cache = cache
+        self._prefix = f"persist:{namespace}:"
+        self._locks = [threading.RLock() for _ in range(_LOCKS)]
+        # The dict of a SimpleCache is out of reach for other processes, so the lock covers every writer.
+        self.atomic = isinstance(cache, SimpleCache)
+
+    @classmethod
+    def adapt(cls, cache: Any, namespace: str) -> CachelibStore:
+        """The store of a cache given as ``PERSIST_SESSION_STORE``, with a warning if it cannot be safe.
+
+        Raises ``ConfigError`` if it is no ``cachelib`` cache, or one that keeps nothing.
+        """
+        if not isinstance(cache, BaseCache) or isinstance(cache, NullCache):
+            raise ConfigError(
+                f"PERSIST_SESSION_STORE is a {type(cache).__name__}; allowed is a URL, a SessionStore or a cachelib "
+                "cache that keeps what it is given"
+            )
+        store = cls(cache, namespace)
+        if not store.atomic:
+            log.warning(
+                "sessions are kept in a %s, which has no compare-and-set: processes that change one session at the "
+                "same moment can lose a change; SQLite, PostgreSQL, Redis and files do not",
+                type(cache).__name__,
+            )
+        return store
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        if not is_session_id(session_id):
+            return None
+        packed = self._cache.get(self._prefix + session_id)
+        if packed is None:
+            return None
+        if not isinstance(packed, bytes):
+            raise SerializationError(f"the cache entry is a {type(packed).__name__} and no session record")
+        return unpack_record(packed)
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        check_save(record, expected)
+        packed = pack_record(record)
+        # From the record's own times, so that a clock other than the cache's does no harm.
+        lifetime = int(max(0.0, record.expires_at - record.accessed_at)) + _MARGIN
+        key = self._prefix + record.id
+        with self._lock(record.id):
+            if expected == 0:
+                # The one step that most caches do as a whole; a refusal means that the id is taken.
+                if not self._cache.add(key, packed, lifetime):
+                    raise conflict(record.id, expected)
+                return
+            if self._version(record.id) != expected:
+                raise conflict(record.id, expected)
+            if not self._cache.set(key, packed, lifetime):
+                raise StoreError(f"{type(self._cache).__name__} did not store session {record.id}")
+
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        if not is_session_id(session_id):
+            return False
+        with self._lock(session_id):
+            if expected is not None and self._version(session_id) != expected:
+                return False
+            there = self._cache.has(self._prefix + session_id)
+            return bool(self._cache.delete(self._prefix + session_id)) and there
+
+    def scan(self) -> Iterator[SessionRecord]:
+        cannot_list(self, "a cachelib cache cannot enumerate its entries, and expires them itself")
+
+    def _lock(self, session_id: str) -> threading.RLock:
+        return self._locks[int(session_id[-8:], 16) % _LOCKS]
+
+    def _version(self, session_id: str) -> int | None:
+        try:
+            record = self.get(session_id)
+        except SerializationError:
+            return None
+        return record.version if record else None

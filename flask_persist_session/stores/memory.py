@@ -1,0 +1,54 @@
+"""Sessions in a dict of this process: for tests and development, gone when the process ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from ..records import SessionRecord
+from . import Location
+from .base import SessionStore, check_save, conflict
+
+
+def open_location(location: Location, namespace: str) -> MemoryStore:
+    """A store of its own for each call: ``memory://`` has no options."""
+    location.read_options()
+    return MemoryStore()
+
+
+class MemoryStore(SessionStore):
+    """Keeps records in a dict behind a lock. Each process has its own."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, SessionRecord] = {}
+        self._lock = threading.Lock()
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        return self._records.get(session_id)
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        check_save(record, expected)
+        with self._lock:
+            if self._version(record.id) != expected:
+                raise conflict(record.id, expected)
+            self._records[record.id] = record
+
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        with self._lock:
+            if session_id not in self._records or expected not in (None, self._version(session_id)):
+                return False
+            del self._records[session_id]
+            return True
+
+    def _version(self, session_id: str) -> int:
+        stored = self._records.get(session_id)
+        return stored.version if stored else 0
+
+    def scan(self) -> Iterator[SessionRecord]:
+        with self._lock:
+            records = list(self._records.values())
+        yield from records
+
+    def lease(self, name: str, seconds: float) -> bool:
+        # Nobody but this object reaches the dict, so whoever asks is the holder.
+        return seconds > 0

@@ -1,0 +1,334 @@
+"""Sessions in Redis 6.2 or later, or any server that speaks like it (Valkey).
+
+A session is a hash. Each shard has a sorted set of its sessions by expiry, each user one by creation; one Lua script per
+write keeps the three together. The shard is the hash tag, so on a cluster they share a slot::
+
+    persist:web:{3fa}:s:3fa09c…    hash of the session
+    persist:web:{3fa}:expiry       session ids by expires_at
+    persist:web:{3fa}:u:…          session ids of one user by created_at
+    persist:web:lease:sweep        a lease
+
+The time to live of the keys is a safety net for a store that nobody sweeps; expiry is judged by the manager.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+from urllib.parse import urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ..exceptions import SerializationError, StoreError, StoreUnavailable
+from ..records import Change, Deletion, SessionQuery, SessionRecord, is_session_id
+from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
+from ..tokens import SHARDS, shard_of
+from . import Location, seconds
+from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut
+
+#: How much later than ``expires_at`` a key's own time to live ends, in seconds.
+_MARGIN = 7 * 86400
+_PAGE = 200
+_SHARDS_AT_ONCE = 128
+
+
+def open_location(location: Location, namespace: str) -> RedisStore:
+    """``redis://user:password@host:port/db``, ``rediss://…`` with TLS, or ``unix:///path/to/socket``.
+
+    Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
+    ``db``, ``max_connections``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
+    """
+    texts = {name: str for name in ("prefix", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")}
+    options = location.read_options(timeout=seconds, db=int, max_connections=int, **texts)
+    wait, prefix = options.pop("timeout", 2.0), options.pop("prefix", "persist")
+    client = redis.Redis.from_url(
+        urlunsplit(location.url),
+        socket_timeout=wait,
+        socket_connect_timeout=wait,
+        # Once more on a connection that the server closed meanwhile; not after a timeout, so that the wait is bounded.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        **options,
+    )
+    return RedisStore(client, namespace, prefix=prefix, name=f"the Redis server {location}")
+
+
+class RedisStore(SessionStore):
+    """Keeps each session in a hash of a Redis server.
+
+    :param client: a ``redis.Redis`` or anything with its methods, with ``decode_responses`` off and timeouts set.
+    :param namespace: part of the keys.
+    :param prefix: start of the keys.
+    :param name: what messages call the server.
+    """
+
+    def __init__(
+        self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
+    ) -> None:
+        self._client = client
+        self._prefix = f"{prefix}:{namespace}"
+        self._name = name
+        self._holder = secrets.token_hex(16)
+
+    # The contract -----------------------------------------------------------------------------------------------------
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        with self._errors():
+            try:
+                found = self._client.execute_command("HGETALL", self._key(session_id))
+            except redis.ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                raise SerializationError("the key does not hold a hash") from error
+        return _record(found) if found else None
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        check_save(record, expected)
+        arguments = self._save_arguments(record, expected)
+        with self._errors():
+            if not self._run(_SAVE, arguments):
+                raise conflict(record.id, expected)
+
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        if not is_session_id(session_id):
+            return False
+        with self._errors():
+            return bool(self._run(_DELETE, self._delete_arguments(session_id, expected)))
+
+    def scan(self) -> Iterator[SessionRecord]:
+        return self._records(self._ids("-inf", "+inf"), self._expiry_key_of)
+
+    def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        if query.ids is not None:
+            records = self._records(sorted(query.ids), self._expiry_key_of)
+        elif query.user_id is not None:
+            index = self._user_key(shard_of(query.user_id), query.user_id)
+            records = self._records(self._ids_of_user(index), lambda _: index)
+        else:
+            records = self._records(self._ids(*_bounds(query)), self._expiry_key_of)
+        return order_and_cut((record for record in records if query.matches(record)), query)
+
+    def save_many(self, changes: Sequence[Change]) -> list[bool]:
+        for change in changes:
+            check_save(change.record, change.expected)
+        return self._run_many(_SAVE, [self._save_arguments(change.record, change.expected) for change in changes])
+
+    def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
+        known = [deletion for deletion in deletions if is_session_id(deletion.id)]
+        removed = self._run_many(_DELETE, [self._delete_arguments(item.id, item.expected) for item in known])
+        outcomes = iter(removed)
+        return [is_session_id(deletion.id) and next(outcomes) for deletion in deletions]
+
+    def lease(self, name: str, seconds: float) -> bool:
+        holder = f"{os.getpid()}:{self._holder}"
+        with self._errors():
+            milliseconds = max(0, round(seconds * 1000))
+            return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))
+
+    def close(self) -> None:
+        with self._errors():
+            self._client.close()
+
+    # Keys and arguments -----------------------------------------------------------------------------------------------
+
+    def _key(self, session_id: str) -> str:
+        return f"{self._prefix}:{{{session_id[:3]}}}:s:{session_id}"
+
+    def _expiry_key(self, shard: str) -> str:
+        return f"{self._prefix}:{{{shard}}}:expiry"
+
+    def _expiry_key_of(self, session_id: str) -> str:
+        return self._expiry_key(session_id[:3])
+
+    def _user_key(self, shard: str, user_id: str) -> str:
+        return f"{self._prefix}:{{{shard}}}:u:{user_id}"
+
+    def _save_arguments(self, record: SessionRecord, expected: int) -> tuple[Any, ...]:
+        shard = record.id[:3]
+        # From the record's own times, so that a clock other than the server's does no harm.
+        lifetime = max(0.0, record.expires_at - record.accessed_at) + _MARGIN
+        keys = [self._key(record.id), self._expiry_key(shard)]
+        if record.user_id is not None:
+            keys.append(self._user_key(shard, record.user_id))
+        return (len(keys), *keys, expected, round(lifetime * 1000), record.id, *_fields(record))
+
+    def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
+        shard = session_id[:3]
+        wanted = "" if expected is None else expected
+        return 2, self._key(session_id), self._expiry_key(shard), wanted, session_id, self._user_key(shard, "")
+
+    # Listing ----------------------------------------------------------------------------------------------------------
+
+    def _ids(self, lowest: str, highest: str) -> Iterator[str]:
+        """The ids whose expiry lies within the bounds, a group of shards at a time."""
+        for first in range(0, SHARDS, _SHARDS_AT_ONCE):
+            with self._errors(), self._client.pipeline(transaction=False) as pipeline:
+                for shard in range(first, first + _SHARDS_AT_ONCE):
+                    pipeline.zrangebyscore(self._expiry_key(f"{shard:03x}"), lowest, highest)
+                answers = pipeline.execute()
+            for ids in answers:
+                yield from (session_id.decode() for session_id in ids)
+
+    def _ids_of_user(self, index: str) -> list[str]:
+        with self._errors():
+            return [session_id.decode() for session_id in self._client.zrange(index, 0, -1)]
+
+    def _records(self, ids: Iterable[str], index_of: Callable[[str], str]) -> Iterator[SessionRecord]:
+        """The records of *ids*, which were found in the index that *index_of* names."""
+        ids = iter(ids)
+        while page := list(islice(ids, _PAGE)):
+            with self._errors(), self._client.pipeline(transaction=False) as pipeline:
+                for session_id in page:
+                    pipeline.hgetall(self._key(session_id))
+                answers = pipeline.execute(raise_on_error=False)
+            for session_id, found in zip(page, answers, strict=True):
+                if not found:
+                    # The key's own time to live took it, which no script notices. The index follows now.
+                    with self._errors():
+                        self._run(_PRUNE, (2, self._key(session_id), index_of(session_id), session_id))
+                    continue
+                try:
+                    yield _record(found)
+                except SerializationError as error:
+                    log_unreadable(session_id, error)
+
+    # Scripts ----------------------------------------------------------------------------------------------------------
+
+    def _run(self, script: _Script, arguments: tuple[Any, ...]) -> Any:
+        # Sent directly, because the script objects of the client cost a tenth more.
+        try:
+            return self._client.execute_command("EVALSHA", script.sha, *arguments)
+        except redis.exceptions.NoScriptError:
+            return self._client.execute_command("EVAL", script.text, *arguments)
+
+    def _run_many(self, script: _Script, calls: list[tuple[Any, ...]]) -> list[bool]:
+        outcomes: list[bool] = []
+        for start in range(0, len(calls), _PAGE):
+            with self._errors(), self._client.pipeline(transaction=False) as pipeline:
+                for arguments in calls[start : start + _PAGE]:
+                    # The text each time: a server that lost its scripts in between would fail half of the calls.
+                    pipeline.execute_command("EVAL", script.text, *arguments)
+                outcomes += [bool(answer) for answer in pipeline.execute()]
+        return outcomes
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+            raise StoreUnavailable(f"{self._name} cannot be reached: {error}") from error
+        except redis.RedisError as error:
+            raise StoreError(f"{self._name} failed: {error}") from error
+
+
+class _Script:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        # Redis names a script by its SHA-1; nothing is protected by it.
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, time to live in milliseconds, id,
+# fields and values.
+_SAVE = _Script("""
+local stored = redis.call('TYPE', KEYS[1]).ok == 'hash' and redis.call('HGET', KEYS[1], 'version')
+if (tonumber(stored or 0) or -1) ~= tonumber(ARGV[1]) or (not stored and redis.call('EXISTS', KEYS[1]) == 1) then
+  return 0
+end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('ZADD', KEYS[2], redis.call('HGET', KEYS[1], 'expires_at'), ARGV[3])
+if KEYS[3] then
+  redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[1], 'created_at'), ARGV[3])
+  if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[2]) then
+    redis.call('PEXPIRE', KEYS[3], ARGV[2])
+  end
+end
+return 1
+""")
+
+# KEYS: session, expiry index. ARGV: expected version or nothing, id, what the keys of users' indexes start with. The
+# user is known to the hash alone; its index has the hash tag of the keys given, so it is in the same slot.
+_DELETE = _Script("""
+local hash = redis.call('TYPE', KEYS[1]).ok == 'hash'
+if ARGV[1] ~= '' and (not hash or redis.call('HGET', KEYS[1], 'version') ~= ARGV[1]) then
+  return 0
+end
+local user = hash and redis.call('HGET', KEYS[1], 'user_id')
+if user then
+  redis.call('ZREM', ARGV[3] .. user, ARGV[2])
+end
+redis.call('ZREM', KEYS[2], ARGV[2])
+return redis.call('DEL', KEYS[1])
+""")
+
+# KEYS: session, an index. ARGV: id.
+_PRUNE = _Script("""
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('ZREM', KEYS[2], ARGV[1])
+end
+return 1
+""")
+
+# KEYS: lease. ARGV: holder, milliseconds.
+_LEASE = _Script("""
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then
+  return 0
+end
+if tonumber(ARGV[2]) == 0 then
+  redis.call('DEL', KEYS[1])
+  return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+""")
+
+
+# Hashes ---------------------------------------------------------------------------------------------------------------
+
+_NUMBERS = {"created_at": float, "accessed_at": float, "expires_at": float, "ended_at": float, "version": int}
+_NAMES = tuple(field.name for field in fields(SessionRecord))
+_KEYS = tuple(name.encode() for name in _NAMES)
+
+
+def _fields(record: SessionRecord) -> Iterator[Any]:
+    """Names and values of the hash; what is ``None`` is left out."""
+    texts = {"tags": dump_tags(record.tags), "metadata": dump_metadata(record.metadata)}
+    for name in _NAMES:
+        value = texts[name] if name in texts else getattr(record, name)
+        if value is not None:
+            yield name
+            yield value
+
+
+def _record(found: Any) -> SessionRecord:
+    try:
+        values = [found.get(key) for key in _KEYS]
+        return record_of(*(_value(name, value) for name, value in zip(_NAMES, values, strict=True)))
+    except DAMAGED as error:
+        raise SerializationError(f"the hash is damaged: {error}") from error
+
+
+def _value(name: str, value: bytes | None) -> Any:
+    if value is None:
+        if name in ("user_id", "tenant_id", "ended_at", "end_reason"):
+            return None
+        raise ValueError(f"{name} is missing")
+    if name == "data":
+        return value
+    return _NUMBERS[name](value) if name in _NUMBERS else value.decode()
+
+
+def _bounds(query: SessionQuery) -> tuple[str, str]:
+    lowest = "-inf" if query.expires_after is None else repr(query.expires_after)
+    highest = "+inf" if query.expires_before is None else f"({query.expires_before!r}"
+    return lowest, highest

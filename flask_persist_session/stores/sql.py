@@ -1,0 +1,475 @@
+"""Sessions in a SQL database through peewee: SQLite, and PostgreSQL with psycopg.
+
+One table per namespace, ``persist_session_web`` for Flask's own; made by the first that comes, however many come at
+once. The store has connections of its own, one per thread, and never touches one of the application's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote
+
+import peewee as pw
+
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
+from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
+from . import Location, seconds
+from .base import SessionStore, check_save, conflict, log_unreadable
+
+SCHEMA_VERSION = 1
+_PAGE = 500
+_COLUMNS = tuple(field.name for field in fields(SessionRecord))
+
+#: Connections that a process inherited by being forked. They belong to the parent: using or even closing one here
+#: would disturb it, so they are kept from being collected.
+_inherited: list[object] = []
+
+
+def open_location(location: Location, namespace: str) -> SQLStore:
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``postgresql://user:password@host:port/name``.
+
+    Options: ``timeout`` (seconds to wait for a lock or a connection, 5), and for SQLite ``synchronous`` (``normal``;
+    ``full`` makes each save survive a power cut).
+    """
+    if location.scheme == "sqlite":
+        return _open_sqlite(location, namespace)
+    return _open_postgresql(location, namespace)
+
+
+def _open_sqlite(location: Location, namespace: str) -> SQLStore:
+    name = location.url.path.removeprefix("/")
+    if location.url.netloc or name in ("", ":memory:"):
+        raise ConfigError(
+            f"{location} names no file; write sqlite:///relative.db or sqlite:////absolute.db, or memory:// to keep "
+            "sessions in memory"
+        )
+    options = {"timeout": 5.0, "synchronous": "normal"}
+    options |= location.read_options(timeout=seconds, synchronous=_synchronous)
+    path = location.path(name)
+    _check_file(path)
+    pragmas = {"journal_mode": "wal", "synchronous": options["synchronous"]}
+
+    def connect() -> pw.Database:
+        return pw.SqliteDatabase(path, pragmas=pragmas, timeout=options["timeout"], lock_type="IMMEDIATE")
+
+    return SQLStore(connect, namespace, name=f"the SQLite database {path}")
+
+
+def _synchronous(text: str) -> str:
+    if text not in ("off", "normal", "full", "extra"):
+        raise ValueError("allowed is off, normal, full or extra")
+    return text
+
+
+def _check_file(path: str) -> None:
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # SQLite would make it readable for everybody; its -wal and -shm files get the mode of this one.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise ConfigError(f"the session database {path} cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"the directory of the session database {path} cannot be written, SQLite needs that")
+
+
+def _open_postgresql(location: Location, namespace: str) -> SQLStore:
+    if _psycopg_is_missing():
+        raise ConfigError(f"{location} needs psycopg: pip install 'flask-persist-session[postgresql]'")
+    url, name = location.url, unquote(location.url.path.removeprefix("/"))
+    if not name:
+        raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
+    timeout = {"timeout": 5.0, "host": url.hostname, **location.read_options(timeout=seconds, host=str)}
+    wait = float(timeout["timeout"])
+    parameters = {
+        "host": timeout["host"],
+        "port": url.port,
+        "user": unquote(url.username) if url.username else None,
+        "password": unquote(url.password) if url.password else None,
+        "connect_timeout": max(1, round(wait)),
+        "tcp_user_timeout": round(wait * 1000),
+        "options": f"-c statement_timeout={round(wait * 1000)}",
+    }
+
+    def connect() -> pw.Database:
+        given = {key: value for key, value in parameters.items() if value is not None}
+        return pw.PostgresqlDatabase(name, prefer_psycopg3=True, **given)
+
+    return SQLStore(connect, namespace, name=f"the PostgreSQL database {location}")
+
+
+def _psycopg_is_missing() -> bool:
+    return find_spec("psycopg") is None
+
+
+class SQLStore(SessionStore):
+    """Keeps records as rows of a table.
+
+    :param connect: makes a peewee database object, not connected yet; called again after a fork.
+    :param namespace: part of the table's name.
+    :param name: what messages call the database.
+    """
+
+    def __init__(
+        self, connect: Callable[[], pw.Database], namespace: str = "web", *, name: str = "the database"
+    ) -> None:
+        self._connect = connect
+        self._name = name
+        self._namespace = namespace
+        self._holder = secrets.token_hex(16)
+        self._lock = threading.Lock()
+        self._open_database()
+        self._model, self._leases, self._schema = _models(f"persist_session_{namespace}")
+        self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
+
+    # The contract -----------------------------------------------------------------------------------------------------
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        with self._using() as database:
+            row = database.execute_sql(*self._get(id=session_id)).fetchone()
+        return None if row is None else _record(row)
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        check_save(record, expected)
+        values = _values(record)
+        with self._using() as database:
+            saved = self._save(database, values, expected)
+        if not saved:
+            raise conflict(record.id, expected)
+
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        with self._using() as database:
+            return self._remove(database, session_id, expected)
+
+    def scan(self) -> Iterator[SessionRecord]:
+        return self.find(SessionQuery())
+
+    def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        # What the database cannot judge is judged on what it yields; then it cannot cut either.
+        rest = _without_what_sql_judges(query)
+        if rest is None:
+            return self._pages(query, query.offset, query.limit)
+        matching = (record for record in self._pages(query, 0, None) if rest.matches(record))
+        return islice(matching, query.offset, None if query.limit is None else query.offset + query.limit)
+
+    def count(self, query: SessionQuery) -> int:
+        if _without_what_sql_judges(query) is not None:
+            return super().count(query)
+        with self._using() as database:
+            found = self._model.select(pw.fn.COUNT(pw.SQL("*"))).where(*self._conditions(query)).scalar(database)
+        rest = max(0, int(found) - query.offset)
+        return rest if query.limit is None else min(rest, query.limit)
+
+    def stats(self, *, now: float) -> StoreStats:
+        model = self._model
+        ended = model.ended_at.is_null(False)
+        expired = model.ended_at.is_null() & (model.expires_at <= now)
+        users = model.select(model.tenant_id, model.user_id).where(model.user_id.is_null(False)).distinct()
+        row = model.select(
+            pw.fn.COUNT(pw.SQL("*")),
+            pw.fn.SUM(pw.Case(None, [(ended, 1)], 0)),
+            pw.fn.SUM(pw.Case(None, [(expired, 1)], 0)),
+            pw.fn.SUM(pw.fn.LENGTH(model.data)),
+            pw.fn.MIN(model.created_at),
+            pw.fn.MAX(model.created_at),
+        )
+        with self._using() as database:
+            total, was_ended, was_expired, size, oldest, newest = row.tuples().execute(database)[0]
+            different = users.count(database)
+        return StoreStats(
+            total=total,
+            active=total - int(was_ended or 0) - int(was_expired or 0),
+            expired=int(was_expired or 0),
+            ended=int(was_ended or 0),
+            users=different,
+            bytes=int(size or 0),
+            oldest=oldest,
+            newest=newest,
+        )
+
+    def save_many(self, changes: Sequence[Change]) -> list[bool]:
+        for change in changes:
+            check_save(change.record, change.expected)
+        rows = [(_values(change.record), change.expected) for change in changes]
+        with self._using() as database, database.atomic():
+            return [self._save(database, values, expected) for values, expected in rows]
+
+    def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
+        with self._using() as database, database.atomic():
+            return [self._remove(database, deletion.id, deletion.expected) for deletion in deletions]
+
+    def lease(self, name: str, seconds: float) -> bool:
+        leases, now = self._leases, time.time()
+        key, holder = f"{self._namespace}:{name}", f"{os.getpid()}:{self._holder}"
+        free = (leases.name == key) & ((leases.until <= now) | (leases.holder == holder))
+        with self._using() as database:
+            if leases.update(holder=holder, until=now + seconds).where(free).execute(database):
+                return seconds > 0
+            row = leases.insert(name=key, holder=holder, until=now + seconds).on_conflict_ignore()
+            return bool(row.as_rowcount().execute(database)) and seconds > 0
+
+    def close(self) -> None:
+        with self._errors():
+            if not self._database.is_closed():
+                self._database.close()
+
+    # One row ----------------------------------------------------------------------------------------------------------
+
+    # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
+    # BEGIN IMMEDIATE, waiting for it within the timeout.
+
+    def _save(self, database: pw.Database, values: dict[str, Any], expected: int) -> bool:
+        statement = self._insert(**values) if expected == 0 else self._update(**values, expected=expected)
+        return bool(database.execute_sql(*statement).rowcount)
+
+    def _remove(self, database: pw.Database, session_id: str, expected: int | None) -> bool:
+        if expected is None:
+            statement = self._delete(id=session_id)
+        else:
+            statement = self._delete_version(id=session_id, expected=expected)
+        return bool(database.execute_sql(*statement).rowcount)
+
+    def _compile(self) -> tuple[_Statement, ...]:
+        """The hot statements. peewee needs several times as long to build one as SQLite needs to run it."""
+        model, given = self._model, _placeholder
+        columns = {name: given(name) for name in _COLUMNS}
+        changing = {name: value for name, value in columns.items() if name != "id"}
+        this, unchanged = model.id == given("id"), model.version == given("expected")
+        queries = (
+            model.select(*(getattr(model, name) for name in _COLUMNS)).where(this),
+            model.insert(columns).on_conflict_ignore().as_rowcount(),
+            model.update(changing).where(this & unchanged),
+            model.delete().where(this),
+            model.delete().where(this & unchanged),
+        )
+        return tuple(_Statement(*query.bind(self._database).sql()) for query in queries)
+
+    # Many rows --------------------------------------------------------------------------------------------------------
+
+    def _conditions(self, query: SessionQuery) -> list[Any]:
+        model = self._model
+        conditions: list[Any] = [pw.SQL("1 = 1")]
+        if query.ids is not None:
+            conditions.append(model.id.in_(sorted(query.ids)))
+        for name in ("user_id", "tenant_id"):
+            if getattr(query, name) is not None:
+                conditions.append(getattr(model, name) == getattr(query, name))
+        for name in ("created", "accessed", "expires"):
+            column = getattr(model, f"{name}_at")
+            after, before = getattr(query, f"{name}_after"), getattr(query, f"{name}_before")
+            conditions += [column >= after] if after is not None else []
+            conditions += [column < before] if before is not None else []
+        if query.state == "ended":
+            conditions.append(model.ended_at.is_null(False))
+        elif query.state is not None:
+            live = model.expires_at > query.now
+            conditions += [model.ended_at.is_null(), live if query.state == "active" else ~live]
+        return conditions
+
+    def _pages(self, query: SessionQuery, offset: int, limit: int | None) -> Iterator[SessionRecord]:
+        """The rows page by page, each starting after the last one, so that no cursor and no snapshot is held open."""
+        descending = (query.order_by or "").startswith("-")
+        # Without a wish, the order of the index that serves the condition.
+        order = (query.order_by or ("id" if query.expires_before is None else "expires_at")).removeprefix("-")
+        first, model = getattr(self._model, order), self._model
+        keys = [first, model.id] if order != "id" else [model.id]
+        rows = model.select(*(getattr(model, name) for name in _COLUMNS)).where(*self._conditions(query))
+        rows = rows.order_by(*(key.desc() if descending else key for key in keys))
+        after: list[Any] | None = None
+        while limit is None or limit > 0:
+            size = _PAGE if limit is None else min(_PAGE, limit)
+            page = rows.limit(size).offset(offset if after is None else 0)
+            if after is not None:
+                here, there = pw.Tuple(*keys), pw.Tuple(*after)
+                page = page.where(here < there if descending else here > there)
+            with self._using() as database:
+                found = list(page.tuples().execute(database))
+            for row in found:
+                try:
+                    yield _record(row)
+                except SerializationError as error:
+                    log_unreadable(row[0], error)
+            if len(found) < size:
+                return
+            after = [found[-1][_COLUMNS.index(key.name)] for key in keys]
+            limit = None if limit is None else limit - size
+
+    # Connections and schema -------------------------------------------------------------------------------------------
+
+    def _open_database(self) -> None:
+        self._database = self._connect()
+        self._process = os.getpid()
+        self._ready = False
+
+    @contextmanager
+    def _using(self) -> Iterator[pw.Database]:
+        """The database of this process, with its tables, errors translated."""
+        with self._errors():
+            if self._process != os.getpid():
+                _inherited.append(self._database)
+                self._lock = threading.Lock()  # another thread of the parent may have held it
+                self._open_database()
+            if not self._ready:
+                self._prepare()
+            yield self._database
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except pw.PeeweeException as error:
+            kind = StoreUnavailable if _will_pass(error) else StoreError
+            if kind is StoreUnavailable and not self._database.is_closed() and not self._database.in_transaction():
+                self._database.close()  # the next use connects anew
+            raise kind(f"{self._name} failed: {error}") from error
+
+    def _prepare(self) -> None:
+        with self._lock:
+            if not self._ready:
+                _wait_for_wal(self._database)
+                with self._database.atomic():
+                    self._make_tables()
+                self._ready = True
+
+    def _make_tables(self) -> None:
+        database, table = self._database, self._model._meta.table_name
+        if isinstance(database, pw.PostgresqlDatabase):
+            # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
+            database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,))
+        for model in (self._schema, self._leases, self._model):
+            with model.bind_ctx(database):
+                model.create_table(safe=True)
+        self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
+        found = self._schema.select(self._schema.version).where(self._schema.name == table).scalar(database)
+        if found != SCHEMA_VERSION:
+            raise StoreError(
+                f"{self._name} has version {found} of the table {table}, this release knows {SCHEMA_VERSION}; "
+                "use the release that made it, or a newer one"
+            )
+
+
+def _models(table: str) -> tuple[Any, Any, Any]:
+    """The tables of one namespace: its sessions, the leases, the versions of the schema."""
+
+    class Session(pw.Model):
+        id = pw.TextField(primary_key=True)
+        user_id = pw.TextField(null=True)
+        tenant_id = pw.TextField(null=True)
+        tags = pw.TextField()
+        metadata = pw.TextField()
+        data = pw.BlobField()
+        created_at = pw.DoubleField()
+        accessed_at = pw.DoubleField()
+        expires_at = pw.DoubleField(index=True)
+        ended_at = pw.DoubleField(null=True)
+        end_reason = pw.TextField(null=True)
+        version = pw.BigIntegerField()
+
+        class Meta:
+            table_name = table
+            indexes = ((("user_id", "created_at"), False),)
+
+    class Lease(pw.Model):
+        name = pw.TextField(primary_key=True)
+        holder = pw.TextField()
+        until = pw.DoubleField()
+
+        class Meta:
+            table_name = "persist_lease"
+
+    class Schema(pw.Model):
+        name = pw.TextField(primary_key=True)
+        version = pw.IntegerField()
+
+        class Meta:
+            table_name = "persist_schema"
+
+    return Session, Lease, Schema
+
+
+# Statements and rows --------------------------------------------------------------------------------------------------
+
+
+class _Placeholder(str):
+    """The name of a value that is given when the statement is run."""
+
+
+def _placeholder(name: str) -> pw.Value:
+    return pw.Value(_Placeholder(name), converter=False)
+
+
+class _Statement:
+    """SQL that peewee compiled once; calling it with the values gives what ``execute_sql`` takes."""
+
+    def __init__(self, sql: str, parameters: Sequence[Any]) -> None:
+        self._sql = sql
+        self._order = tuple(str(name) for name in parameters)
+        assert all(isinstance(name, _Placeholder) for name in parameters)
+
+    def __call__(self, **values: Any) -> tuple[str, tuple[Any, ...]]:
+        return self._sql, tuple([values[name] for name in self._order])
+
+
+def _values(record: SessionRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "user_id": record.user_id,
+        "tenant_id": record.tenant_id,
+        "tags": dump_tags(record.tags),
+        "metadata": dump_metadata(record.metadata),
+        "data": record.data,
+        "created_at": record.created_at,
+        "accessed_at": record.accessed_at,
+        "expires_at": record.expires_at,
+        "ended_at": record.ended_at,
+        "end_reason": record.end_reason,
+        "version": record.version,
+    }
+
+
+def _record(row: Sequence[Any]) -> SessionRecord:
+    try:
+        return record_of(*row)
+    except DAMAGED as error:
+        raise SerializationError(f"the row is damaged: {error}") from error
+
+
+def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
+    """The part of *query* that only ``matches`` can judge; ``None`` if there is none."""
+    if query.tags or query.text is not None:
+        return SessionQuery(tags=query.tags, text=query.text)
+    return None
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def _will_pass(error: pw.PeeweeException) -> bool:
+    """Whether the database may be reachable again soon: locked, refused, timed out, connection lost."""
+    if isinstance(error, pw.InterfaceError):
+        return True
+    text = str(error)
+    lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
+    return isinstance(error, pw.OperationalError) and not any(word in text for word in lasting)
+
+
+def _wait_for_wal(database: pw.Database) -> None:
+    """Connect; SQLite does not wait for a lock when it changes to WAL, as the first of several processes does."""
+    for pause in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 0.0):
+        try:
+            database.connect(reuse_if_open=True)
+            return
+        except pw.OperationalError as error:
+            if not pause or "locked" not in str(error):
+                raise
+            time.sleep(pause)
