@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 State: TypeAlias = Literal["active", "expired", "ended"]
 
 ORDERS = ("id", "created_at", "accessed_at", "expires_at")
@@ -97,9 +97,7 @@ class SessionQuery:
 
     def __post_init__(self) -> None:
         if self.order_by is not None and self.order_by.removeprefix("-") not in ORDERS:
-            raise ValueError(
-                f"order_by is {self.order_by!r}; allowed are {', '.join(ORDERS)}, each with an optional '-'"
-            )
+            raise ValueError(f"order_by is {self.order_by!r}; allowed are {', '.join(ORDERS)}, each with an optional '-'")
         if self.offset < 0 or (self.limit is not None and self.limit < 0):
             raise ValueError(f"limit ({self.limit}) and offset ({self.offset}) cannot be negative")
         if self.state is not None and self.now is None:

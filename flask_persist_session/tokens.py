@@ -68,9 +68,7 @@ class TokenSigner:
 
 class _ClockedSigner(TimestampSigner):
     def __init__(self, keys: Sequence[str | bytes], clock: Callable[[], float]) -> None:
-        super().__init__(
-            [want_bytes(key) for key in keys], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256
-        )
+        super().__init__([want_bytes(key) for key in keys], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256)
         self._clock = clock
 
     def get_timestamp(self) -> int:

@@ -111,9 +111,7 @@ def test_needs_a_thing(text: str) -> None:
     assert answer(text).endswith("What would you like to sell?")
 
 
-@pytest.mark.parametrize(
-    "text", ["bicycle", "a bicycle", "My bicycle.", "I want to sell my bicycle", "It’s a bicycle!"]
-)
+@pytest.mark.parametrize("text", ["bicycle", "a bicycle", "My bicycle.", "I want to sell my bicycle", "It’s a bicycle!"])
 def test_drops_the_words_around_the_thing(text: str) -> None:
     """The thing is taken out of the sentence around it."""
     assert answer(text).startswith("So far: bicycle. ")

@@ -50,7 +50,6 @@ from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..tokens import shard_of
 
-
 log = logging.getLogger("flask_persist_session")
 
 

