@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from flask.sessions import SessionInterface, SessionMixin
 
 from .exceptions import PersistSessionError
 from .session import CookieTask, Session
-from .tokens import TokenSigner, claimed_time
+from .tokens import SignedToken, TokenSigner, claimed_time
 
 if TYPE_CHECKING:
     from flask import Flask, Request, Response
@@ -36,15 +37,17 @@ class PersistSessionInterface(SessionInterface):
         """Keep the request for later; ``None`` (Flask's null session) without a secret key."""
         if not app.secret_key:
             return None
-        return _RequestSession(self, app, request)
+        return _RequestSession(self.manager, _Presented(self, app, request))
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Store the session, then tell the browser; what cannot be stored is never answered as a success."""
         assert isinstance(session, _RequestSession)
-        due = self._renewal_is_due(app, session)
+        if session.failed:
+            return  # this is the response that reports it
         try:
-            task = session.finish(renew=due)
+            task, token = session.finish(renew=self._renewal_is_due(app, session))
         except PersistSessionError as error:
+            session.failed = True
             # Flask would answer 500 to whatever is raised from here. Errors that have a handler get its answer, as
             # they do when a view raises them.
             _answer(app, response, error)
@@ -53,42 +56,33 @@ class PersistSessionInterface(SessionInterface):
             response.vary.add("Cookie")
             if self._no_store and "Cache-Control" not in response.headers:
                 response.cache_control.no_store = True
-        self._write_cookie(app, session, response, task)
+        self._write_cookie(app, session, response, task, token)
 
-    # The token --------------------------------------------------------------------------------------------------------
-
-    def read_token(self, app: Flask, values: list[str]) -> str | None:
-        """The first token among the cookie *values* that this application signed."""
-        signer = self._signer_of(app)
-        for value in values[:_MOST_COOKIES]:
-            token = signer.verify(value)
-            if token is not None:
-                return token
-        return None
-
-    def _signer_of(self, app: Flask) -> TokenSigner:
-        # The application may rotate its keys at any time.
+    def signer(self, app: Flask) -> TokenSigner:
+        """Signs with the application's current secret key; it may rotate them at any time."""
         keys = secret_keys(app)
         if self._signer is None or self._signer[0] != keys:
             self._signer = keys, TokenSigner(keys, self.manager.clock)
         return self._signer[1]
 
     def _renewal_is_due(self, app: Flask, session: _RequestSession) -> bool:
-        """Whether the cookie claims a renewal longer ago than the interval; costs no signature check and no store."""
+        """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
         if not app.config["SESSION_REFRESH_EACH_REQUEST"] and not session.modified:
             return False
-        times = [time for value in session.cookie_values()[:_MOST_COOKIES] if (time := claimed_time(value)) is not None]
-        return bool(times) and self.manager.clock() - max(times) >= self.manager.renew_interval
+        latest = self.manager.clock() - self.manager.renew_interval
+        return session.presented.claims_renewal_before(latest) and session.presented.renewed_before(latest)
 
     # The cookie -------------------------------------------------------------------------------------------------------
 
-    def _write_cookie(self, app: Flask, session: _RequestSession, response: Response, task: CookieTask) -> None:
+    def _write_cookie(
+        self, app: Flask, session: _RequestSession, response: Response, task: CookieTask, token: str | None
+    ) -> None:
         if task == "renew" and self.manager.renew_interval == 0 and not session.permanent:
             return  # Flask sends an unchanged cookie again only for permanent sessions
-        if task in ("set", "renew"):
+        if task in ("set", "renew") and token is not None:
             response.set_cookie(
                 self.get_cookie_name(app),
-                self._signer_of(app).sign(session.token),
+                self.signer(app).sign(token),
                 expires=self.get_expiration_time(app, session),
                 httponly=self.get_cookie_httponly(app),
                 domain=self.get_cookie_domain(app),
@@ -118,17 +112,44 @@ class PersistSessionInterface(SessionInterface):
         return datetime.fromtimestamp(session.expires_at, timezone.utc)
 
 
+class _Presented:
+    """The session cookies that a request carries, verified when that is needed, and once."""
+
+    def __init__(self, interface: PersistSessionInterface, app: Flask, request: Request) -> None:
+        self._interface = interface
+        self._app = app
+        self._request = request
+
+    @cached_property
+    def _values(self) -> list[str]:
+        return self._request.cookies.getlist(self._interface.get_cookie_name(self._app))[:_MOST_COOKIES]
+
+    @cached_property
+    def _verified(self) -> SignedToken | None:
+        """The first that this application signed."""
+        signer = self._interface.signer(self._app)
+        return next((signed for value in self._values if (signed := signer.verify(value))), None)
+
+    def token(self) -> str | None:
+        """The token, if there is a cookie that this application signed."""
+        return self._verified.token if self._verified else None
+
+    def claims_renewal_before(self, moment: float) -> bool:
+        """Whether a cookie claims that its session was renewed at *moment* or earlier."""
+        return any((time := claimed_time(value)) is not None and time <= moment for value in self._values)
+
+    def renewed_before(self, moment: float) -> bool:
+        """Whether the session was renewed at *moment* or earlier."""
+        return self._verified is not None and self._verified.signed_at <= moment
+
+
 class _RequestSession(Session):
     """The session of one Flask request."""
 
-    def __init__(self, interface: PersistSessionInterface, app: Flask, request: Request) -> None:
-        super().__init__(interface.manager, lambda: interface.read_token(app, self.cookie_values()))
-        self._name = interface.get_cookie_name(app)
-        self._request = request
-
-    def cookie_values(self) -> list[str]:
-        """The values of all cookies that have the session cookie's name."""
-        return self._request.cookies.getlist(self._name)
+    def __init__(self, manager: SessionManager, presented: _Presented) -> None:
+        super().__init__(manager, presented.token)
+        self.presented = presented
+        self.failed = False
 
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:

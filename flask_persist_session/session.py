@@ -38,7 +38,6 @@ class Session(SessionMixin):
         self._cleared = False
         self._regenerate = False
         self._frozen = False  # the session has ended: this request stores nothing any more
-        self._failed = False
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
@@ -78,6 +77,8 @@ class Session(SessionMixin):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._load()[key] = value
+        if type(value) not in _IMMUTABLE:
+            self._exposed = True  # whoever put it in can change it after a save
         self._note_change()
 
     def __delitem__(self, key: str) -> None:
@@ -194,25 +195,15 @@ class Session(SessionMixin):
         """
         self.finish(renew=False)
 
-    def finish(self, *, renew: bool) -> CookieTask:
-        """Store what is to be stored and say what the cookie needs; with *renew* even an untouched session is renewed.
+    def finish(self, *, renew: bool) -> tuple[CookieTask, str | None]:
+        """Store what is to be stored; with *renew* even an untouched session is renewed.
 
-        Raises as ``save`` does. After an error the session is not stored by a later call either, so that the response
-        which reports the error does not fail on it again.
+        Returns what the cookie needs since the session was opened, and the token to put into it. Raises as ``save``
+        does.
         """
-        if self._failed or not (self.loaded or renew):
-            return "keep"
-        self._failed = True
-        self._store(self._load(), renew)
-        self._failed = False
-        return self._cookie
-
-    @property
-    def token(self) -> str:
-        """The secret for the cookie; only there when ``finish`` asks to set it."""
-        if self._token is None:
-            raise LookupError("the session has no token until it is stored")
-        return self._token
+        if self.loaded or renew:
+            self._store(self._load(), renew)
+        return self._cookie, self._token
 
     def _store(self, data: dict[str, Any], renew: bool) -> None:
         wanted = self._changed or self._exposed or self._regenerate if self._forced is None else self._forced
@@ -239,7 +230,7 @@ class Session(SessionMixin):
     def _store_new(self, data: dict[str, Any], wanted: bool) -> None:
         if wanted and data:
             self._adopt(self._manager.create(data))
-        elif wanted and self._changed:
+        elif self._forced or (wanted and self._changed):
             self._cookie = "delete"
 
     def _delete(self, stored: StoredSession) -> None:
@@ -247,7 +238,7 @@ class Session(SessionMixin):
         self._stored, self._token, self._cookie = None, None, "delete"
 
     def _adopt(self, stored: StoredSession | None) -> None:
-        """Go on under a new token, or with nothing if the session ended meanwhile."""
+        """Go on under a new token, or store nothing any more if the session ended meanwhile."""
         self._frozen = stored is None
         if stored is not None:
             self._stored, self._data, self._token, self._cookie = stored, stored.data, stored.token, "set"

@@ -11,6 +11,7 @@ import hashlib
 import secrets
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from itsdangerous import BadData, TimestampSigner, want_bytes
 
@@ -42,6 +43,13 @@ def session_id(token: str) -> str:
     return token[:3] + hashlib.sha256(token.encode()).hexdigest()
 
 
+class SignedToken(NamedTuple):
+    """A token that came with a good signature, and when it was signed, in whole seconds since the epoch."""
+
+    token: str
+    signed_at: int
+
+
 class TokenSigner:
     """Signs tokens for the cookie, with the time of the session's last renewal in whole seconds.
 
@@ -56,14 +64,15 @@ class TokenSigner:
         """The cookie value for *token*, stamped with the current time."""
         return self._signer.sign(token).decode("ascii")
 
-    def verify(self, value: str) -> str | None:
+    def verify(self, value: str) -> SignedToken | None:
         """The token in a cookie *value*, or ``None`` for whatever this application did not sign."""
         if len(value) > _LONGEST_VALUE or not value.isascii():
             return None
         try:
-            return self._signer.unsign(value).decode("ascii")
+            token, signed_at = self._signer.unsign(value, return_timestamp=True)
         except BadData:
             return None
+        return SignedToken(token.decode("ascii"), int(signed_at.timestamp()))
 
 
 class _ClockedSigner(TimestampSigner):
