@@ -200,7 +200,8 @@ def test_changes_nothing_on_get(ada: FlaskClient, path: str) -> None:
 @pytest.mark.parametrize("path", ["/sign-in", "/", "/static/style.css", "/no-such-page"])
 def test_sends_strict_headers(client: FlaskClient, path: str) -> None:
     """Every response forbids foreign content, sniffing and telling other sites where one came from."""
-    headers = client.get(path).headers
+    with client.get(path) as response:
+        headers = response.headers
     assert "default-src 'self'" in headers["Content-Security-Policy"]
     assert "unsafe" not in headers["Content-Security-Policy"]
     assert headers["X-Content-Type-Options"] == "nosniff"

@@ -1,0 +1,130 @@
+"""The layers of the package: a module imports only from lower ones, and each driver only in the module of its store."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flask_persist_session
+
+PACKAGE = Path(flask_persist_session.__file__).parent
+LAYERS = {
+    "version": 0,
+    "records": 0,
+    "exceptions": 0,
+    "serializers": 1,
+    "tokens": 1,
+    "signals": 1,
+    "config": 1,
+    "stores": 1,
+    "manager": 2,
+    "session": 2,
+    "interface": 3,
+    "extension": 4,
+    "cli": 4,
+    "__init__": 5,
+    "testing": 5,
+}
+#: Modules of one layer that may know each other, the first one the second.
+SIBLINGS = {
+    ("session", "manager"),
+    ("config", "serializers"),
+    ("config", "stores"),
+    ("stores", "serializers"),
+    ("stores", "tokens"),
+    ("extension", "cli"),
+    ("cli", "extension"),
+}
+DRIVERS = {
+    "peewee": {"stores.sql"},
+    "redis": {"stores.redis"},
+    "cachelib": {"stores.cachelib"},
+    "ormsgpack": {"serializers"},
+}
+OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "hypothesis", "pytest")
+#: Which layers may import what of Flask.
+FLASK_FROM = 2
+
+
+def _modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a module imports, at its top or anywhere within."""
+    package = ["flask_persist_session", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            yield from ([base] if node.module else [f"{base}.{alias.name}" for alias in node.names])
+
+
+def _part(name: str) -> str:
+    return name.removeprefix("flask_persist_session").lstrip(".").split(".")[0]
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
+    """No module imports one of its own or a higher layer."""
+    here = _name(path).split(".")[0]
+    used = {_part(name) for name in _imports(path) if name.startswith("flask_persist_session.")}
+    wrong = {other for other in used if other in LAYERS and other != here and LAYERS[other] >= LAYERS[here]}
+    assert {other for other in wrong if (here, other) not in SIBLINGS} == set()
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_every_module_has_a_layer(path: Path) -> None:
+    """A module that is added is given its place."""
+    assert _name(path).split(".")[0] in LAYERS
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_a_driver_is_imported_only_in_the_module_of_its_store(path: Path) -> None:
+    """peewee, redis and cachelib are known to one module each."""
+    tops = {name.split(".")[0] for name in _imports(path)}
+    assert {driver for driver in tops & DRIVERS.keys() if _name(path) not in DRIVERS[driver]} == set()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "stores").glob("*.py")), ids=_name)
+def test_no_store_imports_flask_or_another_store(path: Path) -> None:
+    """A store knows the contract, and neither Flask nor its siblings."""
+    names = set(_imports(path))
+    assert not {name for name in names if name.split(".")[0] in ("flask", "werkzeug", "click")}
+    others = {f"flask_persist_session.stores.{module}" for module in ("memory", "file", "sql", "redis", "cachelib")}
+    allowed = {"flask_persist_session.stores.cachelib"} if path.name == "__init__.py" else set()
+    assert names & others <= allowed
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_the_lower_layers_do_without_flask(path: Path) -> None:
+    """Records, stores, serializers and tokens can be used where there is no Flask."""
+    name = _name(path).split(".")[0]
+    if LAYERS[name] < FLASK_FROM:
+        assert not {used for used in _imports(path) if used.split(".")[0] in ("flask", "click")}
+
+
+def test_only_the_manager_sends_signals() -> None:
+    """No module but the manager calls ``send``."""
+    senders = {_name(path) for path in _modules() if ".send(" in path.read_text(encoding="utf-8")}
+    assert senders == {"manager"}
+
+
+def test_importing_the_package_needs_no_optional_driver() -> None:
+    """``import flask_persist_session`` works where no driver is installed."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{blocked}; import flask_persist_session"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
