@@ -269,7 +269,7 @@ class SessionManager:
         payload = self._encode(session.data)
         if self._codec.unchanged(payload, session.record.data):
             return self.renew(session) if renew else "unchanged"
-        return self._merge_and_save(session, payload)
+        return self._merge_and_save(session, payload, renew)
 
     def renew(self, session: StoredSession) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded. Raises ``StoreError``.
@@ -277,30 +277,36 @@ class SessionManager:
         ``"unchanged"`` if somebody else saved or ended it at this moment.
         """
         try:
-            session.record = self._write(session.record, session.record.data)
+            session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
             return "unchanged"
         return "saved"
 
-    def _write(self, record: SessionRecord, payload: bytes) -> SessionRecord:
-        """Save *payload* over *record* and move its times, forward only."""
+    def _write(self, record: SessionRecord, payload: bytes, *, renew: bool = False) -> SessionRecord:
+        """Save *payload* over *record* and move its times, forward only.
+
+        The expiry moves if the last move is an interval ago, or with *renew*: until then it is late enough, and a store
+        that need not touch its index of expiry saves in two thirds of the time.
+        """
         now = self.clock()
+        expires_at = max(record.expires_at, self._expiry(record.created_at, now))
+        due = renew or expires_at - record.expires_at >= self.renew_interval
         changed = replace(
             record,
             data=payload,
             accessed_at=max(record.accessed_at, now),
-            expires_at=max(record.expires_at, self._expiry(record.created_at, now)),
+            expires_at=expires_at if due else record.expires_at,
             version=record.version + 1,
         )
         self.store.save(changed, expected=record.version)
         return changed
 
-    def _merge_and_save(self, session: StoredSession, payload: bytes) -> Outcome:
+    def _merge_and_save(self, session: StoredSession, payload: bytes, renew: bool) -> Outcome:
         base, record = session.record.data, session.record
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                session.record = self._write(record, payload)
+                session.record = self._write(record, payload, renew=renew)
                 return "saved"
             except SessionConflict:
                 session_conflict.send(self._sender, event=SessionConflicted(session_id=record.id, attempt=attempt))
@@ -361,21 +367,29 @@ class SessionManager:
         """
         # The new session is stored first: whoever fails between the two steps leaves the old one as it was.
         moved = self._create_like(session.record, session.data, session.record.created_at)
-        base, record = session.record.data, session.record
+        ended = False
+        try:
+            ended = self._end_moved(session.record, moved)
+        finally:
+            if not ended:
+                self.store.delete(moved.id)
+        return moved if ended else None
+
+    def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
+        """End the old session of *moved*, taking along what was changed there; ``False`` if it ended by other means."""
+        base = record.data
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._close(record, "regenerated")
-                return moved
+                return True
             except SessionConflict:
                 current = self._current(record)
             if current is None:
-                self.store.delete(moved.id)
-                return None
+                return False
             moved.data = self._merge(base, moved.data, current.data)
             moved.record = self._write(moved.record, self._encode(moved.data))
             base, record = current.data, current
             _pause(attempt)
-        self.store.delete(moved.id)
         raise SessionConflict(f"session {record.id} was changed by others {_ATTEMPTS} times while it was regenerated")
 
     def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession:

@@ -1,8 +1,9 @@
 """Sessions in files: one per session, to which each save appends a frame.
 
-A file is a sequence of frames (length, CRC-32, record), the last intact one counts. So a save is one small append, which
-costs a fraction of writing a second file and renaming it, and a torn tail falls back to the state before. A file that
-has grown to several times its record is rewritten through a temporary file and a rename.
+A file is a sequence of frames, the last intact one counts. So a save is one small append, which costs a fraction of
+writing a second file and renaming it, and a torn tail falls back to the state before. A frame has its length at both
+ends: reading starts at the end of the file and costs the same however many frames there are. A file that has grown to
+several times its record is rewritten through a temporary file and a rename.
 
 Layout below the root, directories 0700 and files 0600::
 
@@ -24,8 +25,9 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
+from functools import cached_property
+from typing import NamedTuple
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import SessionQuery, SessionRecord, is_session_id
@@ -34,11 +36,13 @@ from ..tokens import SHARDS, shard_of
 from . import Location, flag
 from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut
 
-_HEADER = struct.Struct("<II")
 _SUFFIX = ".session"
-#: A file is rewritten once it is larger than this and than so many times its newest frame.
-_SMALLEST_REWRITE = 16 * 1024
+#: A file is rewritten once it is larger than this and than so many times its newest frame. A rewrite costs as much as
+#: some fifty appends.
+_SMALLEST_REWRITE = 64 * 1024
 _REWRITE_FACTOR = 8
+#: How much of the end of a file is read at once: most frames fit.
+_TAIL = 8192
 #: Errors of the disk that pass, at least when somebody makes room or frees a handle.
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 
@@ -78,35 +82,38 @@ class FileStore(SessionStore):
     def get(self, session_id: str) -> SessionRecord | None:
         if not is_session_id(session_id):
             return None
-        with _errors():
-            content = _read_file(self._path(session_id))
-        return None if content is None else _last_record(content)
+        try:
+            frame = _read(self._path(session_id))
+        except OSError as error:
+            raise _failure(error) from error
+        return None if frame is None else unpack_record(frame.record)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
-        frame = _frame(pack_record(record))
-        with _errors(), self._locked(record.id, create=expected == 0) as handle:
-            if handle is None:
-                raise conflict(record.id, expected)
-            content = _read_all(handle)
-            if not _has_version(content, expected):
-                raise conflict(record.id, expected)
-            if expected == 0:
-                self._index(record)
-            self._append(handle, record.id, content, frame)
+        frame = _frame(record.version, pack_record(record))
+        try:
+            with _Locked(self._path(record.id), create=expected == 0) as file:
+                if not file.has_version(expected):
+                    raise conflict(record.id, expected)
+                if expected == 0:
+                    self._index(record)
+                self._append(file, frame)
+        except OSError as error:
+            raise _failure(error) from error
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         if not is_session_id(session_id):
             return False
-        with _errors(), self._locked(session_id, create=False) as handle:
-            if handle is None:
-                return False
-            content = _read_all(handle)
-            if expected is not None and not _has_version(content, expected):
-                return False
-            os.unlink(self._path(session_id))
-            self._unindex(content)
-            return not _first_frame_is_torn(content)
+        path = self._path(session_id)
+        try:
+            with _Locked(path, create=False) as file:
+                if not file.exists or (expected is not None and not file.has_version(expected)):
+                    return False
+                os.unlink(path)
+                self._unindex(file.last)
+                return file.corrupt or file.last is not None
+        except OSError as error:
+            raise _failure(error) from error
 
     def scan(self) -> Iterator[SessionRecord]:
         for shard in range(SHARDS):
@@ -124,64 +131,41 @@ class FileStore(SessionStore):
     def lease(self, name: str, seconds: float) -> bool:
         path = os.path.join(self._folder, "leases", name)
         holder = f"{os.getpid()}:{self._holder}"
-        with _errors():
-            handle = _open(path, os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                until, _, present = _read_all(handle).decode().partition(" ")
+        try:
+            with _Locked(path, create=True) as file:
+                until, _, present = os.pread(file.handle, 200, 0).decode().partition(" ")
                 if until and present != holder and time.time() < float(until):
                     return False
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{time.time() + seconds} {holder}".encode(), 0)
+                os.ftruncate(file.handle, 0)
+                _write(file.handle, f"{time.time() + seconds} {holder}".encode(), 0)
                 return seconds > 0
-            finally:
-                _unlock_and_close(handle)
+        except OSError as error:
+            raise _failure(error) from error
 
     # Files ------------------------------------------------------------------------------------------------------------
 
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{_SUFFIX}"
 
-    @contextmanager
-    def _locked(self, session_id: str, *, create: bool) -> Iterator[int | None]:
-        """The session's file, open and locked for this process and thread alone; ``None`` if there is none."""
-        path = self._path(session_id)
-        flags = os.O_RDWR | (os.O_CREAT if create else 0)
-        while True:
-            try:
-                handle = _open(path, flags)
-            except FileNotFoundError:
-                yield None
-                return
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
-                if os.fstat(handle).st_nlink:
-                    yield handle
-                    return
-            finally:
-                _unlock_and_close(handle)
-
-    def _append(self, handle: int, session_id: str, content: bytes, frame: bytes) -> None:
-        end = _end_of_frames(content)
+    def _append(self, file: _Locked, frame: bytes) -> None:
+        end = file.last.end if file.last else 0
         if end + len(frame) > max(_SMALLEST_REWRITE, _REWRITE_FACTOR * len(frame)):
-            self._rewrite(session_id, frame)
+            self._rewrite(file.path, frame)
             return
-        if end < len(content):
-            os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
+        if end < file.size:
+            os.ftruncate(file.handle, end)  # what a writer left that was stopped in the middle
         try:
-            _write(handle, frame, end)
+            _write(file.handle, frame, end)
             if self._fsync:
-                os.fsync(handle)
+                os.fsync(file.handle)
         except OSError:
             # Half a frame would be cut off by the next save anyway; this gives back the room at once.
-            os.ftruncate(handle, end)
+            os.ftruncate(file.handle, end)
             raise
         if self._fsync and end == 0:
-            _sync_directory(os.path.dirname(self._path(session_id)))
+            _sync_directory(os.path.dirname(file.path))
 
-    def _rewrite(self, session_id: str, frame: bytes) -> None:
-        path = self._path(session_id)
+    def _rewrite(self, path: str, frame: bytes) -> None:
         # Only the holder of the lock writes this name, so what it finds there was left by a crash.
         temporary = f"{path}.tmp"
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -206,12 +190,11 @@ class FileStore(SessionStore):
         if record.user_id is not None:
             os.close(_open(self._entry(record), os.O_WRONLY | os.O_CREAT))
 
-    def _unindex(self, content: bytes) -> None:
-        try:
-            record = _last_record(content)
-        except SerializationError:
+    def _unindex(self, last: _Frame | None) -> None:
+        if last is None:
             return
-        if record is not None and record.user_id is not None:
+        record = unpack_record(last.record)
+        if record.user_id is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._entry(record))
 
@@ -234,82 +217,137 @@ class FileStore(SessionStore):
 
 # Frames ---------------------------------------------------------------------------------------------------------------
 
-
-def _frame(record: bytes) -> bytes:
-    return _HEADER.pack(len(record), zlib.crc32(record)) + record
-
-
-def _frames(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Start, end and checksum of each frame that is there in full length, oldest first."""
-    start, size = _HEADER.size, len(content)
-    while start <= size:
-        length, checksum = _HEADER.unpack_from(content, start - _HEADER.size)
-        if start + length > size or length == 0:
-            return
-        yield start, start + length, checksum
-        start += length + _HEADER.size
+_HEADER = struct.Struct("<IIQ")  # length of the record, CRC-32 of version and record, version
+_TRAILER = struct.Struct("<I")  # length of the record
+_AROUND = _HEADER.size + _TRAILER.size
 
 
-def _intact(content: bytes) -> tuple[int, int] | None:
-    """Start and end of the last record whose checksum is right."""
-    for start, end, checksum in reversed(list(_frames(content))):
-        if zlib.crc32(memoryview(content)[start:end]) == checksum:
-            return start, end
-    return None
+class _Frame(NamedTuple):
+    version: int
+    record: bytes
+    end: int
+    """Offset in the file at which the next frame starts."""
 
 
-def _end_of_frames(content: bytes) -> int:
-    place = _intact(content)
-    return place[1] if place else 0
+def _frame(version: int, record: bytes) -> bytes:
+    return _HEADER.pack(len(record), _checksum(version, record), version) + record + _TRAILER.pack(len(record))
 
 
-def _last_record(content: bytes) -> SessionRecord | None:
-    """The newest intact record; ``None`` in a file whose first save was never finished."""
-    place = _intact(content)
-    if place is not None:
-        return unpack_record(content[place[0] : place[1]])
-    if _first_frame_is_torn(content):
+def _checksum(version: int, record: bytes) -> int:
+    return zlib.crc32(record, version & 0xFFFFFFFF)
+
+
+def _frame_at(content: bytes, start: int, length: int, offset: int) -> _Frame | None:
+    """The frame in *content*, which begins at *offset* in its file, if it is intact."""
+    end = start + length + _AROUND
+    if start < 0 or length == 0 or end > len(content):
         return None
-    raise SerializationError("the file has no intact frame")
+    written, checksum, version = _HEADER.unpack_from(content, start)
+    record = content[start + _HEADER.size : end - _TRAILER.size]
+    if written != length or checksum != _checksum(version, record):
+        return None
+    return _Frame(version, record, offset + end)
 
 
-def _first_frame_is_torn(content: bytes) -> bool:
-    """Whether the file ends within its first frame, as it does when its writer was stopped: nothing was ever saved."""
-    if len(content) < _HEADER.size:
-        return True
-    return _HEADER.size + int(_HEADER.unpack_from(content)[0]) > len(content)
+def _last_frame(handle: int, size: int) -> _Frame | None:
+    """The last intact frame of a file; ``None`` in a file whose first save was never finished.
+
+    Raises ``SerializationError`` if there are frames and none is intact.
+    """
+    for tail in (_TAIL, size):
+        offset = max(0, size - tail)
+        content = _read_range(handle, size - offset, offset)
+        if len(content) >= _AROUND:
+            (length,) = _TRAILER.unpack_from(content, len(content) - _TRAILER.size)
+            frame = _frame_at(content, len(content) - length - _AROUND, length, offset)
+            if frame is not None:
+                return frame
+    return _last_before_torn_tail(content)
 
 
-def _has_version(content: bytes, expected: int) -> bool:
-    try:
-        record = _last_record(content)
-    except SerializationError:
-        return False
-    return (record.version if record else 0) == expected
+def _last_before_torn_tail(content: bytes) -> _Frame | None:
+    last, start = None, 0
+    while start + _HEADER.size <= len(content):
+        (length, _, _) = _HEADER.unpack_from(content, start)
+        last = _frame_at(content, start, length, 0) or last
+        start += length + _AROUND
+    if last is None and 0 < start <= len(content):
+        raise SerializationError("the file has no intact frame")
+    return last
+
+
+class _Locked:
+    """A session's file, locked for this thread alone while it is entered; it may not exist."""
+
+    def __init__(self, path: str, *, create: bool) -> None:
+        self.path = path
+        self.handle = -1
+        self.size = 0
+        self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
+
+    def __enter__(self) -> _Locked:
+        while True:
+            try:
+                self.handle = _open(self.path, self._flags)
+            except FileNotFoundError:
+                return self
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX)
+                found = os.fstat(self.handle)
+            except OSError:
+                os.close(self.handle)
+                raise
+            # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
+            if found.st_nlink:
+                self.size = found.st_size
+                return self
+            self.__exit__()
+
+    def __exit__(self, *error: object) -> None:
+        if self.exists:
+            # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
+            fcntl.flock(self.handle, fcntl.LOCK_UN)
+            os.close(self.handle)
+            self.handle = -1
+
+    @property
+    def exists(self) -> bool:
+        return self.handle != -1
+
+    @cached_property
+    def last(self) -> _Frame | None:
+        """The last intact frame; ``None`` as well if the file is corrupt."""
+        try:
+            return _last_frame(self.handle, self.size) if self.exists else None
+        except SerializationError:
+            self.corrupt = True
+            return None
+
+    corrupt = False
+
+    def has_version(self, expected: int) -> bool:
+        """Whether the newest record is of version *expected*; 0: whether there is none."""
+        version = self.last.version if self.last else 0
+        return self.exists and version == expected and not self.corrupt
 
 
 # Calls of the operating system ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        kind = StoreUnavailable if error.errno in _PASSING else StoreError
-        raise kind(f"the session file {error.filename or ''} failed: {error.strerror}") from error
+def _failure(error: OSError) -> StoreError:
+    kind = StoreUnavailable if error.errno in _PASSING else StoreError
+    return kind(f"the session file {error.filename or ''} failed: {error.strerror}")
 
 
 def _open(path: str, flags: int) -> int:
     """Open a file, making its directory if it is to be created."""
-    opened = partial(os.open, path, flags | os.O_CLOEXEC, 0o600)
     try:
-        return opened()
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
     _make_directory(os.path.dirname(path))
-    return opened()
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _make_directory(path: str) -> None:
@@ -323,27 +361,20 @@ def _make_directory(path: str) -> None:
         _make_directory(path)
 
 
-def _unlock_and_close(handle: int) -> None:
-    # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
-
-
-def _read_file(path: str) -> bytes | None:
+def _read(path: str) -> _Frame | None:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        return _read_all(handle)
+        return _last_frame(handle, os.fstat(handle).st_size)
     finally:
         os.close(handle)
 
 
-def _read_all(handle: int) -> bytes:
-    size = os.fstat(handle).st_size
-    content = os.pread(handle, size, 0)
-    while len(content) < size and (more := os.pread(handle, size - len(content), len(content))):
+def _read_range(handle: int, size: int, offset: int) -> bytes:
+    content = os.pread(handle, size, offset)
+    while len(content) < size and (more := os.pread(handle, size - len(content), offset + len(content))):
         content += more
     return content
 
@@ -364,16 +395,16 @@ def _sync_directory(path: str) -> None:
 
 def _names(folder: str, suffix: str) -> Iterator[str]:
     """The names with *suffix* in *folder*, without it; none if there is no such folder."""
-    with _errors():
-        try:
-            entries = os.scandir(folder)
-        except FileNotFoundError:
-            return
-        with entries:
+    try:
+        with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(suffix)
                 if entry.name.endswith(suffix) and is_session_id(name):
                     yield name
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _failure(error) from error
 
 
 def _hash(text: str) -> str:

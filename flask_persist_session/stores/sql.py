@@ -133,15 +133,18 @@ class SQLStore(SessionStore):
     # The contract -----------------------------------------------------------------------------------------------------
 
     def get(self, session_id: str) -> SessionRecord | None:
-        with self._using() as database:
-            row = database.execute_sql(*self._get(id=session_id)).fetchone()
+        try:
+            row = self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
+        except pw.PeeweeException as error:
+            raise self._failure(error) from error
         return None if row is None else _record(row)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
-        values = _values(record)
-        with self._using() as database:
-            saved = self._save(database, values, expected)
+        try:
+            saved = self._save(self._ready_database(), record, expected)
+        except pw.PeeweeException as error:
+            raise self._failure(error) from error
         if not saved:
             raise conflict(record.id, expected)
 
@@ -198,9 +201,8 @@ class SQLStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        rows = [(_values(change.record), change.expected) for change in changes]
         with self._using() as database, database.atomic():
-            return [self._save(database, values, expected) for values, expected in rows]
+            return [self._save(database, change.record, change.expected) for change in changes]
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         with self._using() as database, database.atomic():
@@ -217,24 +219,26 @@ class SQLStore(SessionStore):
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
     def close(self) -> None:
-        with self._errors():
-            if not self._database.is_closed():
+        try:
+            if self._process == os.getpid() and not self._database.is_closed():
                 self._database.close()
+        except pw.PeeweeException as error:
+            raise self._failure(error) from error
 
     # One row ----------------------------------------------------------------------------------------------------------
 
     # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
     # BEGIN IMMEDIATE, waiting for it within the timeout.
 
-    def _save(self, database: pw.Database, values: dict[str, Any], expected: int) -> bool:
-        statement = self._insert(**values) if expected == 0 else self._update(**values, expected=expected)
-        return bool(database.execute_sql(*statement).rowcount)
+    def _save(self, database: pw.Database, record: SessionRecord, expected: int) -> bool:
+        statement = self._insert if expected == 0 else self._update
+        return bool(database.execute_sql(*statement(_values(record, expected))).rowcount)
 
     def _remove(self, database: pw.Database, session_id: str, expected: int | None) -> bool:
         if expected is None:
-            statement = self._delete(id=session_id)
+            statement = self._delete({"id": session_id})
         else:
-            statement = self._delete_version(id=session_id, expected=expected)
+            statement = self._delete_version({"id": session_id, "expected": expected})
         return bool(database.execute_sql(*statement).rowcount)
 
     def _compile(self) -> tuple[_Statement, ...]:
@@ -309,27 +313,29 @@ class SQLStore(SessionStore):
         self._process = os.getpid()
         self._ready = False
 
-    @contextmanager
-    def _using(self) -> Iterator[pw.Database]:
-        """The database of this process, with its tables, errors translated."""
-        with self._errors():
-            if self._process != os.getpid():
-                _inherited.append(self._database)
-                self._lock = threading.Lock()  # another thread of the parent may have held it
-                self._open_database()
-            if not self._ready:
-                self._prepare()
-            yield self._database
+    def _ready_database(self) -> pw.Database:
+        """The database of this process, with its tables."""
+        if self._process != os.getpid():
+            _inherited.append(self._database)
+            self._lock = threading.Lock()  # another thread of the parent may have held it
+            self._open_database()
+        if not self._ready:
+            self._prepare()
+        return self._database
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _using(self) -> Iterator[pw.Database]:
+        """The database, errors translated. What runs with each request does without, which saves a tenth of it."""
         try:
-            yield
+            yield self._ready_database()
         except pw.PeeweeException as error:
-            kind = StoreUnavailable if _will_pass(error) else StoreError
-            if kind is StoreUnavailable and not self._database.is_closed() and not self._database.in_transaction():
-                self._database.close()  # the next use connects anew
-            raise kind(f"{self._name} failed: {error}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: pw.PeeweeException) -> StoreError:
+        passing = _will_pass(error)
+        if passing and not self._database.is_closed() and not self._database.in_transaction():
+            self._database.close()  # the next use connects anew
+        return (StoreUnavailable if passing else StoreError)(f"{self._name} failed: {error}")
 
     def _prepare(self) -> None:
         with self._lock:
@@ -414,12 +420,13 @@ class _Statement:
         self._order = tuple(str(name) for name in parameters)
         assert all(isinstance(name, _Placeholder) for name in parameters)
 
-    def __call__(self, **values: Any) -> tuple[str, tuple[Any, ...]]:
+    def __call__(self, values: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
         return self._sql, tuple([values[name] for name in self._order])
 
 
-def _values(record: SessionRecord) -> dict[str, Any]:
+def _values(record: SessionRecord, expected: int) -> dict[str, Any]:
     return {
+        "expected": expected,
         "id": record.id,
         "user_id": record.user_id,
         "tenant_id": record.tenant_id,

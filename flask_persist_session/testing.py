@@ -1,0 +1,994 @@
+"""The suite that every store must pass, for the stores of this package and for yours.
+
+Needs ``pip install pytest hypothesis``. Subclass it in your own tests and say how your store is opened::
+
+    class TestMyStore(SessionStoreContract):
+        @pytest.fixture
+        def open_store(self, tmp_path):
+            return functools.partial(MyStore, tmp_path / "sessions")
+
+Each call of what ``open_store`` returns must open the same, at first empty, sessions once more. The races call it in
+other processes, so it must be picklable: a ``functools.partial`` of a class or of a function of a module. A store that
+lives in one object says ``shared = False``: it is opened once per test, and its races are run by threads alone.
+
+The suite holds a store to the docstrings of ``flask_persist_session.stores.base``. Stores that cannot list or have no
+leases raise ``UnsupportedByStore`` and skip what they cannot do; stores with ``atomic = False`` skip only the races
+between processes. It needs a system with ``fork``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from .exceptions import PersistSessionError, SessionConflict, UnsupportedByStore
+from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
+from .stores.base import SessionStore
+from .tokens import SHARDS, shard_of
+
+#: How long a race may take before it counts as hung, in seconds.
+DEADLINE = 60.0
+RACERS = 4
+
+
+def make_record(number: int = 0, **fields: Any) -> SessionRecord:
+    """A new record, another one for each *number* and user; *fields* replace what it is made of."""
+    user_id = fields.get("user_id", "alice")
+    shard = f"{number % SHARDS:03x}" if user_id is None else shard_of(user_id)
+    made: dict[str, Any] = {
+        "id": shard + hashlib.sha256(f"{number}".encode()).hexdigest(),
+        "user_id": user_id,
+        "tenant_id": "acme",
+        "tags": frozenset({"web", "beta"}),
+        "metadata": {"device": "Firefox on Linux"},
+        "data": b"payload",
+        "created_at": 1_700_000_000.25,
+        "accessed_at": 1_700_000_100.5,
+        "expires_at": 1_700_003_700.75,
+        "ended_at": None,
+        "end_reason": None,
+        "version": 1,
+    }
+    return SessionRecord(**made | fields)
+
+
+def following(record: SessionRecord, **fields: Any) -> SessionRecord:
+    """The next version of *record*, with *fields* changed."""
+    return replace(record, version=record.version + 1, **fields)
+
+
+def _exactly(record: SessionRecord | None) -> object:
+    """What two records have in common that are equal in every field, type included: 1 is neither 1.0 nor ``True``."""
+    if record is None:
+        return None
+    fields = astuple(replace(record, metadata={}))
+    return [(type(field), field) for field in fields], json.dumps(record.metadata, sort_keys=True)
+
+
+MALFORMED_IDS = {
+    "empty": "",
+    "a word": "session",
+    "one digit short": "a" * 66,
+    "one digit long": "a" * 68,
+    "upper case": "A" * 67,
+    "not hexadecimal": "g" * 67,
+    "newline at the end": "a" * 67 + "\n",
+    "space before": " " + "a" * 66,
+    "NUL": "\0" * 67,
+    "digits that are not ASCII": "٣" * 67,
+    "no text in UTF-8": "\ud800" * 67,
+    "parent directories": "../" * 22 + "a",
+    "absolute path": "/etc/passwd".ljust(67, "a"),
+    "pattern": "*" * 67,
+    "hash tag": "{aaa}" + "a" * 62,
+    "quotes": "' OR ''='".ljust(67, "a"),
+}
+
+# Text that no compression shortens, as an index of the user would have to hold it.
+_LONG = "".join(hashlib.sha512(bytes([number])).hexdigest() for number in range(100))
+
+ODD_FIELDS: dict[str, dict[str, Any]] = {
+    "no data": {"data": b""},
+    "a MiB of every byte": {"data": bytes(range(256)) * 4096},
+    "data that looks like text": {"data": b"None\0\r\n\\x00\xff\xfe"},
+    "nobody": {"user_id": None, "tenant_id": None, "end_reason": None},
+    "empty text": {"user_id": "", "tenant_id": "", "end_reason": "", "ended_at": 1.0},
+    "empty tenant of nobody": {"user_id": None, "tenant_id": ""},
+    "text None": {"user_id": "None", "tenant_id": "null", "end_reason": "None", "ended_at": 1.0},
+    "unicode": {"user_id": "Zoë 漢字 🎉 \u202e\u00a0", "tenant_id": "\u0130\u00df", "tags": frozenset({"ñ", "n\u0303"})},
+    "composed and decomposed": {"user_id": "\u00e9", "tenant_id": "e\u0301"},
+    "quotes": {"user_id": """'"`;--\\""", "tenant_id": "%s %(x)s ? :a $1", "tags": frozenset({"'", '"', "\\"})},
+    "newlines": {"user_id": "\n\r\t", "tenant_id": " a\n\nb ", "tags": frozenset({"a\nb", " "})},
+    "braces": {"user_id": "{3fa}", "tenant_id": "}{", "tags": frozenset({"{}", "[]"})},
+    "paths": {"user_id": "../../x", "tenant_id": "/", "tags": frozenset({".", ".."})},
+    "very long user id": {"user_id": _LONG},
+    "very long tenant id": {"tenant_id": _LONG},
+    "number as text": {"user_id": "007", "tenant_id": "1e3"},
+    "no tags": {"tags": frozenset()},
+    "the empty tag": {"tags": frozenset({""})},
+    "many tags": {"tags": frozenset(f"tag {number}, 'x'" for number in range(1000))},
+    "no metadata": {"metadata": {}},
+    "nested metadata": {"metadata": {"a": {"b": [1, [2.5, {"c": None}], "d"]}, "": {"": []}, "a.b": {}}},
+    "kinds of metadata": {"metadata": {"true": True, "one": 1, "float": 1.0, "sum": 0.1 + 0.2, "large": 2**53 + 1}},
+    "text in metadata": {"metadata": {"é\n'\"\\": "漢字 🎉 \u2028 </script>", "long": _LONG}},
+    "fractions": {"created_at": 0.1 + 0.2, "accessed_at": 1e-3, "expires_at": 1_700_000_000.123_456_7},
+    "zero": {"created_at": 0.0, "accessed_at": 0.0, "expires_at": 0.0, "ended_at": 0.0},
+    "before the epoch": {"created_at": -1e9, "accessed_at": -0.5, "expires_at": -1e-3, "ended_at": -7.0},
+    "far away": {"created_at": 5e-324, "accessed_at": 2.0**53, "expires_at": 253_402_300_799.999, "ended_at": 1e12},
+    "ended": {"ended_at": 1_700_000_200.5, "end_reason": "logout"},
+    "expired long ago": {"created_at": 1.0, "accessed_at": 2.0, "expires_at": 3.0},
+}
+
+#: Text that a store may not be able to keep.
+HARD_TEXT = {"NUL": "a\0b", "half a surrogate pair": "a\ud800"}
+
+# Random records and queries -------------------------------------------------------------------------------------------
+
+# All are drawn from a few values, so that conditions hit and orders have ties.
+
+_USERS = (None, "", "alice", "Alice", "straße")
+_NUMBERS = range(12)
+_POOL = tuple(make_record(number, user_id=_USERS[number % len(_USERS)]) for number in _NUMBERS)
+_IDS = tuple(record.id for record in _POOL)
+_times = st.sampled_from([-1.5, 0.0, 1e-3, 0.1 + 0.2, 1.0, 2.0, 1_700_000_000.25])
+_tenants = st.sampled_from([None, "", "acme", "Acme"])
+_tags = st.frozensets(st.sampled_from(["web", "WEB", "beta", "", "Straße"]), max_size=3)
+_words = st.sampled_from(["Firefox", "firefox", "STRASSE", "%", "_", "", "漢"])
+_metadata = st.dictionaries(_words, st.recursive(_words | st.integers(0, 9) | st.none(), lambda inner: st.lists(inner)))
+
+
+@st.composite
+def _changes(draw: st.DrawFn) -> dict[str, Any]:
+    """Values for every field that may change."""
+    ended_at = draw(st.none() | _times)
+    return {
+        "tenant_id": draw(_tenants),
+        "tags": draw(_tags),
+        "metadata": draw(_metadata),
+        "data": draw(st.binary(max_size=20)),
+        "created_at": draw(_times),
+        "accessed_at": draw(_times),
+        "expires_at": draw(_times),
+        "ended_at": ended_at,
+        "end_reason": None if ended_at is None else draw(st.sampled_from(["", "logout"])),
+    }
+
+
+_records = st.lists(
+    st.builds(lambda record, fields: replace(record, **fields), st.sampled_from(_POOL), _changes()),
+    unique_by=lambda record: record.id,
+    max_size=len(_POOL),
+)
+_conditions: dict[str, st.SearchStrategy[Any]] = {
+    "ids": st.frozensets(st.sampled_from([*_IDS, "f" * 67, "../" * 22 + "a"])),
+    "user_id": st.sampled_from([*_USERS, "bob"]),
+    "tenant_id": _tenants,
+    "tags": _tags,
+    "state": st.sampled_from(["active", "expired", "ended"]),
+    "now": _times,
+    **{f"{name}_{side}": _times for name in ("created", "accessed", "expires") for side in ("after", "before")},
+    "text": st.sampled_from(["fire", "FIREFOX", "strasse", "ß", "%", "_", "", "alice", "none"]),
+}
+_orders = st.sampled_from([None, *ORDERS, *(f"-{order}" for order in ORDERS)])
+
+
+@st.composite
+def _queries(draw: st.DrawFn) -> SessionQuery:
+    """A query with at most four conditions, since more are hardly ever fulfilled."""
+    names = draw(st.sets(st.sampled_from(sorted(_conditions)), max_size=4))
+    conditions = {name: draw(_conditions[name]) for name in sorted(names)}
+    paging = {"order_by": draw(_orders), "limit": draw(st.none() | st.integers(0, 13)), "offset": draw(st.integers(0, 4))}
+    return SessionQuery(**{"now": 1.0} | conditions | paging)
+
+
+def _empty(store: SessionStore) -> None:
+    store.delete_many([Deletion(id=session_id) for session_id in _IDS])
+
+
+def _can_list(store: SessionStore) -> bool:
+    with suppress(UnsupportedByStore):
+        store.scan()
+        return True
+    return False
+
+
+class _AgainstDict(RuleBasedStateMachine):
+    """Does the same to a store and to a dict of records, and expects the same outcome."""
+
+    def __init__(self, store: SessionStore) -> None:
+        super().__init__()
+        _empty(store)
+        self.store = store
+        self.model: dict[str, SessionRecord] = {}
+
+    def version(self, session_id: str) -> int:
+        return self.model[session_id].version if session_id in self.model else 0
+
+    @rule(new=st.sampled_from(_POOL), fields=_changes(), off=st.sampled_from([0, 0, 0, -1, 1]))
+    def save(self, new: SessionRecord, fields: dict[str, Any], off: int) -> None:
+        """Creates, or saves over the version that is stored, or over one that is not."""
+        expected = max(0, self.version(new.id) + off)
+        record = replace(new, version=expected + 1, **fields)
+        if expected == self.version(new.id):
+            self.store.save(record, expected=expected)
+            self.model[new.id] = record
+        else:
+            with pytest.raises(SessionConflict):
+                self.store.save(record, expected=expected)
+
+    @rule(session_id=st.sampled_from(_IDS), off=st.sampled_from([None, 0, -1, 1]))
+    def delete(self, session_id: str, off: int | None) -> None:
+        expected = None if off is None else self.version(session_id) + off
+        removable = session_id in self.model and expected in (None, self.version(session_id))
+        assert self.store.delete(session_id, expected=expected) is removable
+        if removable:
+            del self.model[session_id]
+
+    @rule(session_id=st.sampled_from(_IDS))
+    def get(self, session_id: str) -> None:
+        assert _exactly(self.store.get(session_id)) == _exactly(self.model.get(session_id))
+
+    @rule(user_id=st.sampled_from(_USERS))
+    def list_and_count(self, user_id: str | None) -> None:
+        if _can_list(self.store):
+            records = list(self.store.scan())
+            assert len(records) == len(self.model)
+            assert {record.id: record for record in records} == self.model
+            query = SessionQuery(user_id=user_id)
+            assert self.store.count(query) == sum(map(query.matches, self.model.values()))
+
+    def teardown(self) -> None:
+        for session_id in _IDS:
+            self.get(session_id)
+
+
+# Races ----------------------------------------------------------------------------------------------------------------
+
+Task = Callable[[SessionStore, int], Any]
+Race = Callable[[Task], list[Any]]
+
+
+def _take_part(barrier: threading.Barrier, opener: Callable[[], SessionStore], task: Task, number: int) -> Any:
+    store = opener()
+    store.get("0" * 67)  # connects, so that all start together
+    barrier.wait(DEADLINE)
+    try:
+        return task(store, number)
+    finally:
+        barrier.wait(DEADLINE)
+        store.close()
+
+
+def in_threads(store: SessionStore, task: Task) -> list[Any]:
+    """What *task* answers when several threads run it at once on the one store, each with its number."""
+    barrier = threading.Barrier(RACERS)
+    with ThreadPoolExecutor(RACERS) as pool:
+        return list(pool.map(partial(_take_part, barrier, lambda: store, task), range(RACERS)))
+
+
+def in_processes(opener: Callable[[], SessionStore], task: Task) -> list[Any]:
+    """What *task* answers when several processes run it at once, each with its number and a store of its own."""
+    # A fork server starts them within milliseconds, and unlike plain fork hands down no connection, thread or lock.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    barrier = context.Barrier(RACERS)
+    return _run(context, [partial(_take_part, barrier, opener, task, number) for number in range(RACERS)])
+
+
+def in_a_fork(function: Callable[[], Any]) -> Any:
+    """What *function* answers in a forked child of this process."""
+    return _run(multiprocessing.get_context("fork"), [function])[0]
+
+
+def _run(context: Any, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run each function in a process of its own, and end them whatever happens."""
+    running = []
+    try:
+        for function in functions:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_report, args=(function, sender), daemon=True)
+            process.start()
+            running.append((process, receiver))
+            sender.close()
+        return [_answer(receiver) for _, receiver in running]
+    finally:
+        for process, receiver in running:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def _report(function: Callable[[], Any], sender: Connection) -> None:
+    try:
+        sender.send((function(), ""))
+    except Exception:
+        sender.send((None, traceback.format_exc()))
+        raise
+
+
+def _answer(receiver: Connection) -> Any:
+    assert receiver.poll(DEADLINE), f"a process did not finish within {DEADLINE:.0f} seconds"
+    value, failure = receiver.recv()
+    assert not failure, failure
+    return value
+
+
+def _raise_counter(session_id: str, steps: int, store: SessionStore, number: int) -> None:
+    """Add 1 so many times, starting over after each conflict."""
+    while steps:
+        record = store.get(session_id)
+        assert record is not None
+        count = record.metadata["count"]
+        assert isinstance(count, int)
+        with suppress(SessionConflict):
+            store.save(following(record, metadata={"count": count + 1}), expected=record.version)
+            steps -= 1
+
+
+def _create_all(records: Sequence[SessionRecord], store: SessionStore, number: int) -> list[bool]:
+    """Create each record, signed with the racer's number; say which were."""
+    return [_saves(store, replace(record, data=str(number).encode()), 0) for record in records]
+
+
+def _save_or_delete(records: Sequence[SessionRecord], store: SessionStore, number: int) -> list[bool]:
+    """Half of the racers change the records, half remove them, both only in the version given; say which they got."""
+    if number % 2:
+        return [store.delete(record.id, expected=record.version) for record in records]
+    return [_saves(store, following(record), record.version) for record in records]
+
+
+def _save_until_deleted(records: Sequence[SessionRecord], store: SessionStore, number: int) -> None:
+    """One racer removes each record in turn while the others change it for as long as it is there."""
+    for record in records:
+        if number == 0:
+            assert store.delete(record.id)
+        while (found := store.get(record.id)) is not None:
+            _saves(store, following(found), found.version)
+
+
+def _saves(store: SessionStore, record: SessionRecord, expected: int) -> bool:
+    with suppress(SessionConflict):
+        store.save(record, expected=expected)
+        return True
+    return False
+
+
+def _take_leases(names: Sequence[str], store: SessionStore, number: int) -> list[bool]:
+    return [store.lease(name, 600) for name in names]
+
+
+_each = settings(
+    deadline=None,
+    max_examples=25,
+    # One store per test serves all examples, which empty it; and each subclass runs the same test with its own store.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow],
+)
+
+
+class SessionStoreContract:
+    """The tests of a store. Subclasses give the fixture ``open_store``."""
+
+    #: Whether a second store object, in this or in another process, reaches the same sessions.
+    shared: bool = True
+
+    @pytest.fixture
+    def open_store(self) -> Callable[[], SessionStore]:
+        """Returns what opens the store, empty at first; each call reaches the same sessions."""
+        raise NotImplementedError(f"{type(self).__name__} must have a fixture open_store")
+
+    @pytest.fixture
+    def store(self, open_store: Callable[[], SessionStore]) -> Iterator[SessionStore]:
+        opened = open_store()
+        yield opened
+        opened.close()
+
+    @pytest.fixture
+    def another(self, open_store: Callable[[], SessionStore], store: SessionStore) -> Iterator[SessionStore]:
+        """A second store on the same sessions."""
+        if not self.shared:
+            pytest.skip("lives in one object")
+        opened = open_store()
+        yield opened
+        opened.close()
+
+    @pytest.fixture
+    def listing(self, store: SessionStore) -> SessionStore:
+        """The store, if it can list."""
+        if not _can_list(store):
+            pytest.skip("cannot list")
+        return store
+
+    @pytest.fixture
+    def leasing(self, store: SessionStore) -> SessionStore:
+        """The store, if it has leases."""
+        try:
+            store.lease("is there any", 0)
+        except UnsupportedByStore:
+            pytest.skip("has no leases")
+        return store
+
+    @pytest.fixture(params=["threads", "processes"])
+    def race(self, request: pytest.FixtureRequest, open_store: Callable[[], SessionStore], store: SessionStore) -> Race:
+        """Runs a task by several threads on one store, or by several processes with a store each."""
+        if request.param == "threads":
+            return partial(in_threads, store)
+        if not self.shared or not store.atomic:
+            pytest.skip("lives in one object" if not self.shared else "is not atomic")
+        return partial(in_processes, open_store)
+
+    # get --------------------------------------------------------------------------------------------------------------
+
+    def test_get_of_a_missing_record(self, store: SessionStore) -> None:
+        """An id of which nothing is stored gives ``None``."""
+        store.save(make_record(1), expected=0)
+        assert store.get(make_record(2).id) is None
+
+    @pytest.mark.parametrize("session_id", MALFORMED_IDS.values(), ids=MALFORMED_IDS)
+    def test_get_of_a_malformed_id(self, store: SessionStore, session_id: str) -> None:
+        """A malformed id names no record."""
+        assert store.get(session_id) is None
+
+    @pytest.mark.parametrize("fields", [{"expires_at": 1.0}, {"ended_at": 1.0, "end_reason": "revoked"}], ids=str)
+    def test_get_judges_nothing(self, store: SessionStore, fields: dict[str, Any]) -> None:
+        """Expired and ended records are returned like any other."""
+        record = make_record(**fields)
+        store.save(record, expected=0)
+        assert store.get(record.id) == record
+
+    @pytest.mark.parametrize("fields", ODD_FIELDS.values(), ids=ODD_FIELDS)
+    def test_round_trip(self, store: SessionStore, fields: dict[str, Any]) -> None:
+        """What was created comes back equal in every field, with its exact type."""
+        record = make_record(**fields)
+        store.save(record, expected=0)
+        assert _exactly(store.get(record.id)) == _exactly(record)
+
+    @pytest.mark.parametrize("fields", ODD_FIELDS.values(), ids=ODD_FIELDS)
+    def test_round_trip_of_a_change(self, store: SessionStore, fields: dict[str, Any]) -> None:
+        """A save replaces every field, by an empty value and by ``None`` too."""
+        first = make_record(**{"ended_at": 5.0, "end_reason": "logout"} | {"user_id": fields.get("user_id", "alice")})
+        store.save(first, expected=0)
+        second = replace(make_record(**fields), version=2)
+        store.save(second, expected=1)
+        assert _exactly(store.get(first.id)) == _exactly(second)
+
+    @pytest.mark.parametrize("text", HARD_TEXT.values(), ids=HARD_TEXT)
+    @pytest.mark.parametrize("field", ["user_id", "tenant_id", "end_reason", "tags"])
+    def test_text_is_kept_or_refused(self, store: SessionStore, field: str, text: str) -> None:
+        """Text that a store cannot keep exactly is refused with an error of this package, and nothing is stored."""
+        record = make_record(**{field: frozenset({text}) if field == "tags" else text})
+        try:
+            store.save(record, expected=0)
+        except (PersistSessionError, ValueError):
+            assert store.get(record.id) is None
+        else:
+            assert store.get(record.id) == record
+
+    def test_records_are_copies(self, store: SessionStore) -> None:
+        """Changing the metadata that was saved or read changes nothing stored: ``save`` is the only way to write."""
+        record = make_record(metadata={"titles": ["first"]})
+        store.save(record, expected=0)
+        for held in (record, store.get(record.id)):
+            assert held is not None
+            titles = held.metadata["titles"]
+            assert isinstance(titles, list)
+            titles.append("second")
+        found = store.get(record.id)
+        assert found is not None
+        assert found.metadata == {"titles": ["first"]}
+
+    # save -------------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("fields", [{}, {"expires_at": 1.0}, {"ended_at": 1.0, "end_reason": "logout"}], ids=str)
+    def test_creation_of_what_is_there(self, store: SessionStore, fields: dict[str, Any]) -> None:
+        """Creating a record of an id that is taken is a conflict, even if the record there has expired or ended."""
+        record = make_record(**fields)
+        store.save(record, expected=0)
+        with pytest.raises(SessionConflict):
+            store.save(replace(record, data=b"another"), expected=0)
+        assert store.get(record.id) == record
+
+    def test_creation_after_a_deletion(self, store: SessionStore) -> None:
+        """An id is free again once its record was deleted, and its record starts at version 1."""
+        store.save(make_record(), expected=0)
+        store.delete(make_record().id)
+        again = make_record(data=b"again")
+        store.save(again, expected=0)
+        assert store.get(again.id) == again
+
+    def test_save_of_what_is_missing(self, store: SessionStore) -> None:
+        """Saving over a version of a record that is not there is a conflict, and nothing comes into being."""
+        record = make_record(version=2)
+        with pytest.raises(SessionConflict):
+            store.save(record, expected=1)
+        assert store.get(record.id) is None
+
+    def test_save_does_not_revive(self, store: SessionStore) -> None:
+        """A record that was deleted cannot be saved again in its next version."""
+        record = make_record()
+        store.save(record, expected=0)
+        store.delete(record.id)
+        with pytest.raises(SessionConflict):
+            store.save(following(record), expected=1)
+        assert store.get(record.id) is None
+
+    @pytest.mark.parametrize("expected", [1, 3, 100])
+    def test_save_over_another_version(self, store: SessionStore, expected: int) -> None:
+        """A version other than the expected one, older or newer, is a conflict and stays."""
+        first = make_record()
+        second = following(first, data=b"second")
+        store.save(first, expected=0)
+        store.save(second, expected=1)
+        with pytest.raises(SessionConflict):
+            store.save(replace(first, version=expected + 1, data=b"late"), expected=expected)
+        assert store.get(first.id) == second
+
+    @pytest.mark.parametrize("version", [0, 1, 3, -1])
+    def test_save_of_a_version_that_does_not_follow(self, store: SessionStore, version: int) -> None:
+        """A record that is not of the version after the expected one is refused, and the stored one stays."""
+        record = make_record()
+        store.save(record, expected=0)
+        with pytest.raises(ValueError, match="version"):
+            store.save(replace(record, version=version), expected=1)
+        assert store.get(record.id) == record
+
+    @pytest.mark.parametrize("session_id", MALFORMED_IDS.values(), ids=MALFORMED_IDS)
+    def test_save_of_a_malformed_id(self, store: SessionStore, session_id: str) -> None:
+        """A malformed id is refused before anything is written."""
+        with pytest.raises(ValueError, match="id"):
+            store.save(make_record(id=session_id, user_id=None), expected=0)
+        assert store.get(session_id) is None
+
+    def test_creation_in_a_wrong_shard(self, store: SessionStore) -> None:
+        """A new session outside of its user's shard is refused, since the user's sessions are listed there."""
+        record = make_record(id="fff" + make_record().id[3:])
+        assert record.id != make_record().id
+        with pytest.raises(ValueError, match="shard"):
+            store.save(record, expected=0)
+        assert store.get(record.id) is None
+
+    def test_save_touches_one_record(self, store: SessionStore) -> None:
+        """Other records stay as they are, those of the same user too."""
+        records = [make_record(number) for number in range(3)]
+        for record in records:
+            store.save(record, expected=0)
+        store.save(following(records[1], data=b"changed"), expected=1)
+        assert [store.get(record.id) for record in (records[0], records[2])] == [records[0], records[2]]
+
+    def test_many_saves_of_one_record(self, store: SessionStore) -> None:
+        """A record that is saved often keeps its last state alone, whatever size it had before."""
+        record = make_record()
+        store.save(record, expected=0)
+        for number in range(100):
+            record = following(record, data=bytes([number]) * (number % 7) * 1000)
+            store.save(record, expected=record.version - 1)
+        assert store.get(record.id) == record
+        assert record.version == 101
+
+    # delete -----------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("fields", [{}, {"expires_at": 1.0}, {"ended_at": 1.0, "end_reason": "logout"}], ids=str)
+    def test_delete(self, store: SessionStore, fields: dict[str, Any]) -> None:
+        """A record, live or not, is deleted once and gone then; the answer tells the first time from the second."""
+        record = make_record(**fields)
+        store.save(record, expected=0)
+        assert store.delete(record.id) is True
+        assert store.get(record.id) is None
+        assert store.delete(record.id) is False
+
+    def test_delete_of_the_expected_version(self, store: SessionStore) -> None:
+        """With the version that is stored, the record is removed."""
+        record = make_record()
+        store.save(record, expected=0)
+        store.save(following(record), expected=1)
+        assert store.delete(record.id, expected=2) is True
+        assert store.get(record.id) is None
+
+    @pytest.mark.parametrize("expected", [0, 1, 3])
+    def test_delete_of_another_version(self, store: SessionStore, expected: int) -> None:
+        """With another version than the stored one, nothing happens and the answer is ``False``."""
+        first = make_record()
+        second = following(first)
+        store.save(first, expected=0)
+        store.save(second, expected=1)
+        assert store.delete(first.id, expected=expected) is False
+        assert store.get(first.id) == second
+
+    @pytest.mark.parametrize("expected", [None, 0, 1])
+    def test_delete_of_what_is_missing(self, store: SessionStore, expected: int | None) -> None:
+        """Deleting an id of which nothing is stored answers ``False``."""
+        assert store.delete(make_record().id, expected=expected) is False
+
+    @pytest.mark.parametrize("expected", [None, 1])
+    @pytest.mark.parametrize("session_id", MALFORMED_IDS.values(), ids=MALFORMED_IDS)
+    def test_delete_of_a_malformed_id(self, store: SessionStore, session_id: str, expected: int | None) -> None:
+        """Deleting a malformed id answers ``False``."""
+        assert store.delete(session_id, expected=expected) is False
+
+    def test_delete_touches_one_record(self, store: SessionStore) -> None:
+        """Another session of the same user stays."""
+        kept, removed = make_record(1), make_record(2)
+        store.save(kept, expected=0)
+        store.save(removed, expected=0)
+        store.delete(removed.id)
+        assert store.get(kept.id) == kept
+
+    def test_delete_clears_every_index(self, listing: SessionStore) -> None:
+        """A deleted record is in no listing, by user, by id, by time or in the statistics."""
+        record = make_record(ended_at=1.0)
+        listing.save(record, expected=0)
+        listing.save(following(record), expected=1)
+        listing.delete(record.id)
+        ways: list[dict[str, Any]] = [{}, {"user_id": record.user_id}, {"ids": {record.id}}, {"expires_before": 1e12}]
+        queries = [SessionQuery(**way) for way in ways]
+        assert [list(listing.find(query)) for query in queries] == [[], [], [], []]
+        assert [listing.count(query) for query in queries] == [0, 0, 0, 0]
+        assert listing.stats(now=0.0) == StoreStats()
+
+    # Listing ----------------------------------------------------------------------------------------------------------
+
+    def test_listing_works_everywhere_or_nowhere(self, store: SessionStore) -> None:
+        """If ``scan`` is not supported, every listing method says so with a reason, and ``scan`` at once."""
+        query = SessionQuery()
+        calls: list[Callable[[], object]] = [
+            store.scan,
+            lambda: list(store.find(query)),
+            lambda: store.count(query),
+            lambda: store.stats(now=0.0),
+        ]
+        reasons = []
+        for call in calls:
+            try:
+                call()
+            except UnsupportedByStore as error:
+                reasons.append(str(error))
+        assert len(reasons) in (0, len(calls))
+        assert all(reasons)
+
+    def test_empty_store(self, listing: SessionStore) -> None:
+        """An empty store lists nothing, counts 0 and has statistics of zeros without an oldest or newest."""
+        assert list(listing.scan()) == []
+        assert list(listing.find(SessionQuery(order_by="created_at"))) == []
+        assert listing.count(SessionQuery()) == 0
+        assert listing.stats(now=0.0) == StoreStats()
+
+    def test_scan_yields_each_record_once(self, listing: SessionStore) -> None:
+        """Every record is yielded once: of users and of nobody, live, expired and ended, in its last version."""
+        records = [
+            make_record(1),
+            make_record(2),
+            make_record(3, user_id=None),
+            make_record(4, expires_at=1.0),
+            make_record(5, user_id="bob", ended_at=1.0),
+        ]
+        for record in records:
+            listing.save(record, expected=0)
+        changed = following(records[0], data=b"changed")
+        listing.save(changed, expected=1)
+        found = sorted(listing.scan(), key=lambda record: record.id)
+        assert found == sorted([changed, *records[1:]], key=lambda record: record.id)
+
+    def test_scan_while_others_write(self, listing: SessionStore) -> None:
+        """A record that is there all the time is yielded once, however many are saved and deleted during the scan."""
+        staying = [make_record(number, user_id=None) for number in range(600)]
+        going = [make_record(number, user_id=None) for number in range(1000, 1300)]
+        coming = [make_record(number, user_id=None) for number in range(2000, 2300)]
+        listing.save_many([Change(record=record, expected=0) for record in [*staying, *going]])
+        seen = []
+        for number, record in enumerate(listing.scan()):
+            seen.append(record.id)
+            if number % 10 == 0 and coming:
+                listing.save(coming.pop(), expected=0)
+                listing.delete(going.pop().id)
+                changed = staying[number % 600]
+                stored = listing.get(changed.id)
+                assert stored is not None
+                listing.save(following(stored), expected=stored.version)
+        assert len(seen) == len(set(seen))
+        assert {record.id for record in staying} <= set(seen)
+
+    def test_scans_are_independent(self, listing: SessionStore) -> None:
+        """Two scans at a time do not disturb each other, and one that is given up holds nothing up."""
+        records = {record.id: record for record in map(make_record, range(5))}
+        for record in records.values():
+            listing.save(record, expected=0)
+        given_up = listing.scan()
+        next(given_up)
+        pairs = list(zip(listing.scan(), listing.scan(), strict=True))
+        assert {one.id: one for one, _ in pairs} == {other.id: other for _, other in pairs} == records
+        assert listing.delete(next(iter(records)))
+
+    @_each
+    @given(records=_records, queries=st.lists(_queries(), min_size=1, max_size=3))
+    def test_find_and_count_agree_with_matches(
+        self, listing: SessionStore, records: list[SessionRecord], queries: list[SessionQuery]
+    ) -> None:
+        """``find`` and ``count`` give what ``matches``, the order, the offset and the limit make of ``scan``."""
+        _empty(listing)
+        assert all(listing.save_many([Change(record=record, expected=0) for record in records]))
+        everything = list(listing.scan())
+        for query in queries:
+            matching = [record for record in everything if query.matches(record)]
+            name = (query.order_by or "id").removeprefix("-")
+            matching.sort(key=lambda record: (getattr(record, name), record.id), reverse=(query.order_by or "")[:1] == "-")
+            end = None if query.limit is None else query.offset + query.limit
+            wanted, found = matching[query.offset : end], list(listing.find(query))
+            assert len(found) == len({record.id for record in found}) == len(wanted) == listing.count(query)
+            # Without an order, which of them are within the limit is the store's choice.
+            assert found == wanted if query.order_by else all(record in matching for record in found)
+
+    @pytest.mark.parametrize("order_by", [None, "id", "-created_at", "accessed_at", "expires_at"])
+    def test_find_of_many(self, listing: SessionStore, order_by: str | None) -> None:
+        """Many records are all found, once each and in order, though many have the same times."""
+        records = [
+            make_record(number, user_id=None, created_at=float(number % 3), accessed_at=0.0) for number in range(1200)
+        ]
+        listing.save_many([Change(record=record, expected=0) for record in records])
+        found = list(listing.find(SessionQuery(order_by=order_by, offset=10, limit=1100)))
+        name = (order_by or "id").removeprefix("-")
+        records.sort(key=lambda record: (getattr(record, name), record.id), reverse=(order_by or "")[:1] == "-")
+        assert len({record.id for record in found}) == 1100
+        assert order_by is None or found == records[10:1110]
+        assert listing.count(SessionQuery(order_by=order_by, offset=10)) == 1190
+
+    def test_find_of_a_user(self, listing: SessionStore) -> None:
+        """A user is found by the exact id: nobody, the empty id, other case and other spelling are other users."""
+        names = (None, "", "7", "07", "alice", "Alice", "é", "e\u0301", "%", "*", "../alice")
+        records = {name: make_record(number, user_id=name) for number, name in enumerate(names)}
+        for record in records.values():
+            listing.save(record, expected=0)
+        found = {name: list(listing.find(SessionQuery(user_id=name))) for name in names if name is not None}
+        assert found == {name: [record] for name, record in records.items() if name is not None}
+
+    def test_find_sees_the_last_version(self, listing: SessionStore) -> None:
+        """Conditions are judged on what was saved last, by whichever index they are looked up."""
+        record = make_record(expires_at=100.0)
+        listing.save(record, expected=0)
+        changed = following(record, expires_at=300.0, tenant_id=None, tags=frozenset({"new"}), metadata={"a": "late"})
+        listing.save(changed, expected=1)
+        outdated: list[dict[str, Any]] = [{"expires_before": 200.0}, {"tenant_id": "acme"}, {"text": "firefox"}]
+        assert [list(listing.find(SessionQuery(**way))) for way in outdated] == [[], [], []]
+        current: list[dict[str, Any]] = [{"expires_after": 300.0}, {"tags": frozenset({"new"})}, {"text": "LATE"}]
+        assert [list(listing.find(SessionQuery(**way))) for way in current] == [[changed]] * 3
+
+    def test_stats(self, listing: SessionStore) -> None:
+        """Statistics tell states at the moment given, pairs of tenant and user, payload bytes, oldest and newest."""
+        for record in (
+            make_record(1, data=b"12345", created_at=-5.0, expires_at=100.0),
+            make_record(2, data=b"", created_at=7.5, expires_at=101.0),
+            make_record(3, tenant_id=None, data=b"\0\0", expires_at=99.0, created_at=1.0),
+            make_record(4, tenant_id="", data="é".encode(), expires_at=99.0, ended_at=200.0, created_at=1.0),
+            make_record(5, user_id="", data=b"1", expires_at=500.0, ended_at=50.0, created_at=1.0),
+            make_record(6, user_id=None, data=b"1", expires_at=500.0, created_at=1.0),
+        ):
+            listing.save(record, expected=0)
+        expected = StoreStats(total=6, active=2, expired=2, ended=2, users=4, bytes=11, oldest=-5.0, newest=7.5)
+        assert listing.stats(now=100.0) == expected
+
+    # save_many and delete_many ----------------------------------------------------------------------------------------
+
+    def test_save_many(self, store: SessionStore) -> None:
+        """Each change has its own outcome in the order given; a conflict is ``False`` and hinders no other."""
+        taken, changed, fresh = make_record(1), make_record(2), make_record(3)
+        store.save(taken, expected=0)
+        store.save(changed, expected=0)
+        outcomes = store.save_many(
+            [
+                Change(record=replace(taken, data=b"late"), expected=0),
+                Change(record=following(changed, data=b"new"), expected=1),
+                Change(record=make_record(4, version=8), expected=7),
+                Change(record=fresh, expected=0),
+                Change(record=following(fresh, data=b"twice"), expected=1),
+                Change(record=following(fresh, data=b"stale"), expected=1),
+            ]
+        )
+        assert outcomes == [False, True, False, True, True, False]
+        found = [store.get(make_record(number).id) for number in (1, 2, 3, 4)]
+        assert found == [taken, following(changed, data=b"new"), following(fresh, data=b"twice"), None]
+
+    @pytest.mark.parametrize("wrong", [make_record(id="x" * 67), make_record(version=5)], ids=["id", "version"])
+    def test_save_many_of_something_wrong(self, store: SessionStore, wrong: SessionRecord) -> None:
+        """What ``save`` refuses is refused among others too, and the changes after it are not saved."""
+        behind = make_record(2)
+        with pytest.raises(ValueError, match=r"id|version"):
+            store.save_many([Change(record=wrong, expected=0), Change(record=behind, expected=0)])
+        assert store.get(behind.id) is None
+
+    def test_delete_many(self, store: SessionStore) -> None:
+        """Each deletion has its own outcome in the order given: missing, malformed and other versions are ``False``."""
+        records = [make_record(number) for number in range(4)]
+        store.save_many([Change(record=record, expected=0) for record in records])
+        outcomes = store.delete_many(
+            [
+                Deletion(id=records[0].id),
+                Deletion(id=make_record(99).id),
+                Deletion(id=records[1].id, expected=1),
+                Deletion(id="../" * 22 + "a"),
+                Deletion(id=records[2].id, expected=2),
+                Deletion(id=records[0].id),
+            ]
+        )
+        assert outcomes == [True, False, True, False, False, False]
+        assert [store.get(record.id) for record in records] == [None, None, *records[2:]]
+
+    def test_nothing_to_do(self, store: SessionStore) -> None:
+        """No changes and no deletions have no outcomes."""
+        assert store.save_many([]) == []
+        assert store.delete_many([]) == []
+
+    def test_many_at_once(self, store: SessionStore) -> None:
+        """A thousand changes and deletions at once have a thousand outcomes."""
+        records = [make_record(number, user_id=None) for number in range(1000)]
+        assert store.save_many([Change(record=record, expected=0) for record in records]) == [True] * 1000
+        assert store.get(records[-1].id) == records[-1]
+        assert store.delete_many([Deletion(id=record.id, expected=1) for record in records]) == [True] * 1000
+        assert store.get(records[-1].id) is None
+
+    # lease ------------------------------------------------------------------------------------------------------------
+
+    def test_leases_are_there_or_not(self, store: SessionStore) -> None:
+        """A store has leases, or says with a reason that it has none."""
+        try:
+            assert store.lease("sweep", 60) is True
+        except UnsupportedByStore as error:
+            assert str(error)
+
+    def test_lease_is_prolonged_by_its_holder(self, leasing: SessionStore) -> None:
+        """Who holds a lease gets it again."""
+        assert [leasing.lease("sweep", 60), leasing.lease("sweep", 60)] == [True, True]
+
+    def test_lease_has_one_holder(self, leasing: SessionStore, another: SessionStore) -> None:
+        """A lease that somebody holds is refused, and the refused one changes nothing."""
+        assert leasing.lease("sweep", 60) is True
+        assert another.lease("sweep", 60) is False
+        assert leasing.lease("sweep", 60) is True
+
+    def test_leases_of_other_names(self, leasing: SessionStore, another: SessionStore) -> None:
+        """Leases of different names have different holders."""
+        assert leasing.lease("sweep", 60) is True
+        assert another.lease("backup", 60) is True
+        assert leasing.lease("backup", 60) is False
+
+    @pytest.mark.parametrize("seconds", [0, -1, -1e9])
+    def test_lease_is_given_up(self, leasing: SessionStore, another: SessionStore, seconds: float) -> None:
+        """Asking for 0 seconds or less gives a lease up at once; the answer is ``False``."""
+        leasing.lease("sweep", 60)
+        assert leasing.lease("sweep", seconds) is False
+        assert another.lease("sweep", 60) is True
+
+    def test_lease_of_another_cannot_be_given_up(self, leasing: SessionStore, another: SessionStore) -> None:
+        """Asking for 0 seconds of somebody else's lease takes nothing away."""
+        leasing.lease("sweep", 60)
+        assert another.lease("sweep", 0) is False
+        assert another.lease("sweep", 60) is False
+
+    def test_lease_ends_by_itself(self, leasing: SessionStore, another: SessionStore) -> None:
+        """A lease that is not prolonged ends, another one gets it, and the first does not get it back."""
+        leasing.lease("sweep", 60)
+        leasing.lease("sweep", 0.05)
+        end = time.monotonic() + DEADLINE
+        while not another.lease("sweep", 60):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert leasing.lease("sweep", 60) is False
+
+    def test_lease_in_a_race(self, leasing: SessionStore, another: SessionStore, open_store: Any) -> None:
+        """When several processes ask at once, each lease has exactly one holder."""
+        names = [f"lease{number}" for number in range(20)]
+        answers = in_processes(open_store, partial(_take_leases, names))
+        assert [sum(got) for got in zip(*answers, strict=True)] == [1] * len(names)
+
+    # close, and a second store ----------------------------------------------------------------------------------------
+
+    def test_close(self, store: SessionStore) -> None:
+        """A store may be closed before its first use and twice, and opens again when it is used."""
+        store.close()
+        record = make_record()
+        store.save(record, expected=0)
+        store.close()
+        store.close()
+        assert store.get(record.id) == record
+        store.save(following(record), expected=1)
+        assert store.delete(record.id) is True
+
+    def test_second_store_sees_everything(self, store: SessionStore, another: SessionStore) -> None:
+        """What one store object saved or deleted, another one sees when the call has returned."""
+        record = make_record()
+        store.save(record, expected=0)
+        assert another.get(record.id) == record
+        another.save(following(record), expected=1)
+        assert store.get(record.id) == following(record)
+        store.delete(record.id)
+        assert another.get(record.id) is None
+
+    def test_what_was_saved_outlives_its_store(self, store: SessionStore, another: SessionStore) -> None:
+        """Closing a store loses nothing and closes no other one."""
+        record = make_record()
+        assert another.get(record.id) is None
+        store.save(record, expected=0)
+        store.close()
+        assert another.get(record.id) == record
+
+    def test_second_store_lists_everything(self, listing: SessionStore, another: SessionStore) -> None:
+        """What one store object saved, another one lists."""
+        record = make_record()
+        listing.save(record, expected=0)
+        assert list(another.find(SessionQuery(user_id=record.user_id))) == list(another.scan()) == [record]
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_fork(self, store: SessionStore, another: SessionStore) -> None:
+        """A store that was in use goes on working after a fork, in the child and in the parent."""
+        parents, childs = make_record(1), make_record(2)
+        store.save(parents, expected=0)
+
+        def child() -> SessionRecord | None:
+            store.save(childs, expected=0)
+            store.save(following(parents), expected=1)
+            return store.get(parents.id)
+
+        assert in_a_fork(child) == following(parents)
+        assert [store.get(parents.id), store.get(childs.id)] == [following(parents), childs]
+        store.save(following(childs), expected=1)
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_fork_of_a_holder(self, leasing: SessionStore, another: SessionStore) -> None:
+        """The child of a fork does not hold the lease of its parent."""
+        leasing.lease("sweep", 60)
+        assert in_a_fork(lambda: leasing.lease("sweep", 60)) is False
+        assert leasing.lease("sweep", 60) is True
+
+    # Everything together ----------------------------------------------------------------------------------------------
+
+    def test_against_a_dict(self, store: SessionStore) -> None:
+        """Whatever is done in whatever order, the store and a plain dict agree."""
+        run_state_machine_as_test(
+            partial(_AgainstDict, store), settings=settings(deadline=None, max_examples=25, stateful_step_count=25)
+        )
+
+    def test_race_of_changes(self, store: SessionStore, race: Race) -> None:
+        """No update is lost: increments of several processes add up, in the counter and in the version."""
+        record = make_record(metadata={"count": 0})
+        store.save(record, expected=0)
+        race(partial(_raise_counter, record.id, 20))
+        found = store.get(record.id)
+        assert found is not None
+        assert (found.metadata, found.version) == ({"count": 20 * RACERS}, 20 * RACERS + 1)
+
+    def test_race_of_creations(self, store: SessionStore, race: Race) -> None:
+        """Of several that create one id at once, exactly one succeeds, and what it saved is stored."""
+        records = [make_record(number) for number in range(20)]
+        outcomes = race(partial(_create_all, records))
+        winners = [[number for number, won in enumerate(won_by) if won] for won_by in zip(*outcomes, strict=True)]
+        stored = [store.get(record.id) for record in records]
+        assert [[int(record.data)] for record in stored if record is not None] == winners
+
+    def test_race_of_saves_and_deletions(self, store: SessionStore, race: Race) -> None:
+        """Of several that save or delete the same version at once, exactly one succeeds, and what it did stays done."""
+        records = [make_record(number) for number in range(20)]
+        store.save_many([Change(record=record, expected=0) for record in records])
+        outcomes = race(partial(_save_or_delete, records))
+        for record, succeeded in zip(records, zip(*outcomes, strict=True), strict=True):
+            assert sum(succeeded) == 1
+            assert store.get(record.id) == (None if succeeded.index(True) % 2 else following(record))
+
+    def test_race_against_a_deletion(self, store: SessionStore, race: Race) -> None:
+        """A record that is deleted while others save it again and again stays deleted."""
+        records = [make_record(number) for number in range(10)]
+        store.save_many([Change(record=record, expected=0) for record in records])
+        race(partial(_save_until_deleted, records))
+        assert [store.get(record.id) for record in records] == [None] * len(records)
