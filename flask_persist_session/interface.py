@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface, SessionMixin
 
@@ -79,30 +79,22 @@ class PersistSessionInterface(SessionInterface):
     ) -> None:
         if task == "renew" and self.manager.renew_interval == 0 and not session.permanent:
             return  # Flask sends an unchanged cookie again only for permanent sessions
-        if task in ("set", "renew") and token is not None:
-            response.set_cookie(
-                self.get_cookie_name(app),
-                self.signer(app).sign(token),
-                expires=self.get_expiration_time(app, session),
-                httponly=self.get_cookie_httponly(app),
-                domain=self.get_cookie_domain(app),
-                path=self.get_cookie_path(app),
-                secure=self.get_cookie_secure(app),
-                partitioned=self.get_cookie_partitioned(app),
-                samesite=self.get_cookie_samesite(app),
-            )
-            response.vary.add("Cookie")
-        elif task == "delete":
-            # A __Host- cookie is only deleted by a header with the attributes that it was set with.
-            response.delete_cookie(
-                self.get_cookie_name(app),
-                httponly=self.get_cookie_httponly(app),
-                domain=self.get_cookie_domain(app),
-                path=self.get_cookie_path(app),
-                secure=self.get_cookie_secure(app),
-                partitioned=self.get_cookie_partitioned(app),
-                samesite=self.get_cookie_samesite(app),
-            )
+        name = self.get_cookie_name(app)
+        # On deleting as on setting: a __Host- cookie is only deleted by a header that carries Secure.
+        attributes: dict[str, Any] = {
+            "httponly": self.get_cookie_httponly(app),
+            "domain": self.get_cookie_domain(app),
+            "path": self.get_cookie_path(app),
+            "secure": self.get_cookie_secure(app),
+            "partitioned": self.get_cookie_partitioned(app),
+            "samesite": self.get_cookie_samesite(app),
+        }
+        if task == "delete":
+            response.delete_cookie(name, **attributes)
+        elif task != "keep" and token is not None:
+            expires = self.get_expiration_time(app, session)
+            response.set_cookie(name, self.signer(app).sign(token), expires=expires, **attributes)
+        if task != "keep":
             response.vary.add("Cookie")
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:

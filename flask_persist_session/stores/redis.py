@@ -157,7 +157,8 @@ class RedisStore(SessionStore):
         keys = [self._key(record.id), self._expiry_key(shard)]
         if record.user_id is not None:
             keys.append(self._user_key(shard, record.user_id))
-        return (len(keys), *keys, expected, round(lifetime * 1000), record.id, *_fields(record))
+        times = round(lifetime * 1000), record.expires_at, record.created_at
+        return (len(keys), *keys, expected, *times, record.id, *_fields(record))
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         shard = session_id[:3]
@@ -235,19 +236,22 @@ class _Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, time to live in milliseconds, id,
-# fields and values.
+# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, time to live in milliseconds,
+# expires_at, created_at, id, fields and values.
 _SAVE = _Script("""
-local stored = redis.call('TYPE', KEYS[1]).ok == 'hash' and redis.call('HGET', KEYS[1], 'version')
-if (tonumber(stored or 0) or -1) ~= tonumber(ARGV[1]) or (not stored and redis.call('EXISTS', KEYS[1]) == 1) then
+local stored = redis.pcall('HGET', KEYS[1], 'version')
+if type(stored) == 'table' or (stored or '0') ~= ARGV[1] then
+  return 0
+end
+if not stored and redis.call('EXISTS', KEYS[1]) == 1 then
   return 0
 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('ZADD', KEYS[2], redis.call('HGET', KEYS[1], 'expires_at'), ARGV[3])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[5])
 if KEYS[3] then
-  redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[1], 'created_at'), ARGV[3])
+  redis.call('ZADD', KEYS[3], ARGV[4], ARGV[5])
   if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[2]) then
     redis.call('PEXPIRE', KEYS[3], ARGV[2])
   end
@@ -297,17 +301,15 @@ return 1
 
 _NUMBERS = {"created_at": float, "accessed_at": float, "expires_at": float, "ended_at": float, "version": int}
 _NAMES = tuple(field.name for field in fields(SessionRecord))
+_TAGS, _METADATA = _NAMES.index("tags"), _NAMES.index("metadata")
 _KEYS = tuple(name.encode() for name in _NAMES)
 
 
-def _fields(record: SessionRecord) -> Iterator[Any]:
+def _fields(record: SessionRecord) -> list[Any]:
     """Names and values of the hash; what is ``None`` is left out."""
-    texts = {"tags": dump_tags(record.tags), "metadata": dump_metadata(record.metadata)}
-    for name in _NAMES:
-        value = texts[name] if name in texts else getattr(record, name)
-        if value is not None:
-            yield name
-            yield value
+    values = [getattr(record, name) for name in _NAMES]
+    values[_TAGS], values[_METADATA] = dump_tags(record.tags), dump_metadata(record.metadata)
+    return [part for pair in zip(_NAMES, values, strict=True) if pair[1] is not None for part in pair]
 
 
 def _record(found: Any) -> SessionRecord:
