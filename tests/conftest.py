@@ -56,8 +56,9 @@ def postgresql_server() -> Iterator[PostgreSQLServer]:
 
 
 @pytest.fixture
-def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Makes the URL of a new, empty store of a kind."""
+    databases: list[str] = []
 
     def make(kind: str) -> str:
         number = next(_numbers)
@@ -65,14 +66,17 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], s
             # A prefix of its own is an empty store of its own.
             return f"{request.getfixturevalue('redis_server').url}?prefix=test{os.getpid()}x{number}"
         if kind == "postgresql":
-            return str(request.getfixturevalue("postgresql_server").new_database(f"test{os.getpid()}x{number}"))
+            databases.append(request.getfixturevalue("postgresql_server").take())
+            return databases[-1]
         return {
             "memory": "memory://",
             "file": f"file://{tmp_path}/sessions{number}",
             "sqlite": f"sqlite:///{tmp_path}/sessions{number}.db",
         }[kind]
 
-    return make
+    yield make
+    for url in databases:
+        request.getfixturevalue("postgresql_server").give_back(url)
 
 
 @pytest.fixture(params=ALL_STORES)
