@@ -150,7 +150,7 @@ _times = st.sampled_from([-1.5, 0.0, 1e-3, 0.1 + 0.2, 1.0, 2.0, 1_700_000_000.25
 _tenants = st.sampled_from([None, "", "acme", "Acme"])
 _tags = st.frozensets(st.sampled_from(["web", "WEB", "beta", "", "Straße"]), max_size=3)
 _words = st.sampled_from(["Firefox", "firefox", "STRASSE", "%", "_", "", "漢"])
-_metadata = st.dictionaries(_words, st.recursive(_words | st.integers(0, 9) | st.none(), lambda inner: st.lists(inner)))
+_metadata = st.dictionaries(_words, _words | st.integers(0, 9) | st.lists(_words, max_size=2), max_size=2)
 
 
 @st.composite
@@ -173,7 +173,7 @@ def _changes(draw: st.DrawFn) -> dict[str, Any]:
 _records = st.lists(
     st.builds(lambda record, fields: replace(record, **fields), st.sampled_from(_POOL), _changes()),
     unique_by=lambda record: record.id,
-    max_size=len(_POOL),
+    max_size=7,
 )
 _conditions: dict[str, st.SearchStrategy[Any]] = {
     "ids": st.frozensets(st.sampled_from([*_IDS, "f" * 67, "../" * 22 + "a"])),
@@ -193,7 +193,7 @@ def _queries(draw: st.DrawFn) -> SessionQuery:
     """A query with at most four conditions, since more are hardly ever fulfilled."""
     names = draw(st.sets(st.sampled_from(sorted(_conditions)), max_size=4))
     conditions = {name: draw(_conditions[name]) for name in sorted(names)}
-    paging = {"order_by": draw(_orders), "limit": draw(st.none() | st.integers(0, 13)), "offset": draw(st.integers(0, 4))}
+    paging = {"order_by": draw(_orders), "limit": draw(st.none() | st.integers(0, 8)), "offset": draw(st.integers(0, 3))}
     return SessionQuery(**{"now": 1.0} | conditions | paging)
 
 
@@ -282,13 +282,13 @@ def in_threads(store: SessionStore, task: Task) -> list[Any]:
         return list(pool.map(partial(_take_part, barrier, lambda: store, task), range(RACERS)))
 
 
-def in_processes(opener: Callable[[], SessionStore], task: Task) -> list[Any]:
+def in_processes(opener: Callable[[], SessionStore], task: Task, count: int = RACERS) -> list[Any]:
     """What *task* answers when several processes run it at once, each with its number and a store of its own."""
     # A fork server starts them within milliseconds, and unlike plain fork hands down no connection, thread or lock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    barrier = context.Barrier(RACERS)
-    return _run(context, [partial(_take_part, barrier, opener, task, number) for number in range(RACERS)])
+    barrier = context.Barrier(count)
+    return _run(context, [partial(_take_part, barrier, opener, task, number) for number in range(count)])
 
 
 def in_a_fork(function: Callable[[], Any]) -> Any:
@@ -461,7 +461,7 @@ class SessionStoreContract:
     @pytest.mark.parametrize("fields", ODD_FIELDS.values(), ids=ODD_FIELDS)
     def test_round_trip_of_a_change(self, store: SessionStore, fields: dict[str, Any]) -> None:
         """A save replaces every field, by an empty value and by ``None`` too."""
-        first = make_record(**{"ended_at": 5.0, "end_reason": "logout"} | {"user_id": fields.get("user_id", "alice")})
+        first = make_record(user_id=fields.get("user_id", "alice"), ended_at=5.0, end_reason="logout")
         store.save(first, expected=0)
         second = replace(make_record(**fields), version=2)
         store.save(second, expected=1)
@@ -471,7 +471,8 @@ class SessionStoreContract:
     @pytest.mark.parametrize("field", ["user_id", "tenant_id", "end_reason", "tags"])
     def test_text_is_kept_or_refused(self, store: SessionStore, field: str, text: str) -> None:
         """Text that a store cannot keep exactly is refused with an error of this package, and nothing is stored."""
-        record = make_record(**{field: frozenset({text}) if field == "tags" else text})
+        fields: dict[str, Any] = {field: frozenset({text}) if field == "tags" else text}
+        record = make_record(**fields)
         try:
             store.save(record, expected=0)
         except (PersistSessionError, ValueError):
@@ -732,19 +733,19 @@ class SessionStoreContract:
             # Without an order, which of them are within the limit is the store's choice.
             assert found == wanted if query.order_by else all(record in matching for record in found)
 
-    @pytest.mark.parametrize("order_by", [None, "id", "-created_at", "accessed_at", "expires_at"])
+    @pytest.mark.parametrize("order_by", [None, "-created_at", "accessed_at"])
     def test_find_of_many(self, listing: SessionStore, order_by: str | None) -> None:
         """Many records are all found, once each and in order, though many have the same times."""
         records = [
-            make_record(number, user_id=None, created_at=float(number % 3), accessed_at=0.0) for number in range(1200)
+            make_record(number, user_id=None, created_at=float(number % 3), accessed_at=0.0) for number in range(1100)
         ]
         listing.save_many([Change(record=record, expected=0) for record in records])
-        found = list(listing.find(SessionQuery(order_by=order_by, offset=10, limit=1100)))
+        found = list(listing.find(SessionQuery(order_by=order_by, offset=10, limit=1060)))
         name = (order_by or "id").removeprefix("-")
         records.sort(key=lambda record: (getattr(record, name), record.id), reverse=(order_by or "")[:1] == "-")
-        assert len({record.id for record in found}) == 1100
-        assert order_by is None or found == records[10:1110]
-        assert listing.count(SessionQuery(order_by=order_by, offset=10)) == 1190
+        assert len({record.id for record in found}) == 1060
+        assert order_by is None or found == records[10:1070]
+        assert listing.count(SessionQuery(order_by=order_by, offset=10)) == 1090
 
     def test_find_of_a_user(self, listing: SessionStore) -> None:
         """A user is found by the exact id: nobody, the empty id, other case and other spelling are other users."""
@@ -843,10 +844,12 @@ class SessionStoreContract:
 
     def test_leases_are_there_or_not(self, store: SessionStore) -> None:
         """A store has leases, or says with a reason that it has none."""
+        outcome: object
         try:
-            assert store.lease("sweep", 60) is True
+            outcome = store.lease("sweep", 60)
         except UnsupportedByStore as error:
-            assert str(error)
+            outcome = bool(str(error))
+        assert outcome is True
 
     def test_lease_is_prolonged_by_its_holder(self, leasing: SessionStore) -> None:
         """Who holds a lease gets it again."""
@@ -956,9 +959,8 @@ class SessionStoreContract:
 
     def test_against_a_dict(self, store: SessionStore) -> None:
         """Whatever is done in whatever order, the store and a plain dict agree."""
-        run_state_machine_as_test(
-            partial(_AgainstDict, store), settings=settings(deadline=None, max_examples=25, stateful_step_count=25)
-        )
+        machine: Any = partial(_AgainstDict, store)
+        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=15, stateful_step_count=20))
 
     def test_race_of_changes(self, store: SessionStore, race: Race) -> None:
         """No update is lost: increments of several processes add up, in the counter and in the version."""

@@ -52,6 +52,9 @@ from ..tokens import shard_of
 
 log = logging.getLogger("flask_persist_session")
 
+#: What never changes under one id; a session that gets another user gets another id.
+FIXED_FIELDS = frozenset({"id", "user_id", "tenant_id", "created_at"})
+
 
 class SessionStore(ABC):
     """Keeps the records of one namespace."""
@@ -78,6 +81,8 @@ class SessionStore(ABC):
         ``expected=0`` creates: no record of that id may exist, not even an ended or expired one. Among any number of
         processes that save with the same *expected*, exactly one succeeds. When this returns, every process sees the
         new record and it survives the end of this process. When it raises, the stored record is the one before.
+
+        A session keeps its ``FIXED_FIELDS`` for life: on a later save a store may leave them as they were created.
 
         Raises ``SessionConflict`` if the version differs or the record is missing; ``ValueError`` if
         ``record.version`` is not ``expected + 1`` or the id is malformed; ``StoreUnavailable``, ``StoreError``.
