@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface, SessionMixin
 
-from .exceptions import PersistSessionError
-from .session import CookieTask, Session
+from .exceptions import PersistSessionError, StoreUnavailable
+from .session import CookieTask, Renewal, Session
 from .tokens import SignedToken, TokenSigner, claimed_time
 
 if TYPE_CHECKING:
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
 
     from .manager import SessionManager
 
+log = logging.getLogger("flask_persist_session")
+
 #: A browser sends several cookies of one name if they were set for several paths or domains; so many are looked at.
 _MOST_COOKIES = 4
+#: Seconds without renewals of untouched sessions after the store was not available.
+_PAUSE = 5.0
+_MOST_DEAD = 4096
 
 
 class PersistSessionInterface(SessionInterface):
@@ -32,6 +39,8 @@ class PersistSessionInterface(SessionInterface):
         self.manager = manager
         self._no_store = no_store
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
+        self._no_renewal_before = -math.inf
+        self._dead: dict[str, None] = {}
 
     def open_session(self, app: Flask, request: Request) -> SessionMixin | None:
         """Keep the request for later; ``None`` (Flask's null session) without a secret key."""
@@ -45,7 +54,7 @@ class PersistSessionInterface(SessionInterface):
         if session.failed:
             return  # this is the response that reports it
         try:
-            task, token = session.finish(renew=self._renewal_is_due(app, session))
+            task, token = self._finish(app, session)
         except PersistSessionError as error:
             session.failed = True
             # Flask would answer 500 to whatever is raised from here. Errors that have a handler get its answer, as
@@ -65,12 +74,39 @@ class PersistSessionInterface(SessionInterface):
             self._signer = keys, TokenSigner(keys, self.manager.clock)
         return self._signer[1]
 
-    def _renewal_is_due(self, app: Flask, session: _RequestSession) -> bool:
+    def _finish(self, app: Flask, session: _RequestSession) -> tuple[CookieTask, str | None]:
+        renewal = self._renewal(app, session)
+        if session.loaded or renewal != "yes":
+            return session.finish(renewal)
+        try:
+            order = session.finish(renewal)
+        except StoreUnavailable as error:
+            # The request does not need the session, and those that come next must not wait for the store either.
+            log.warning("a session could not be renewed: %s", error)
+            self._no_renewal_before = self.manager.clock() + _PAUSE
+            return "keep", None
+        if not session.live:
+            self._remember_dead(session.presented.token())
+        return order
+
+    def _renewal(self, app: Flask, session: _RequestSession) -> Renewal:
         """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
-        if not app.config["SESSION_REFRESH_EACH_REQUEST"] and not session.modified:
-            return False
-        latest = self.manager.clock() - self.manager.renew_interval
-        return session.presented.claims_renewal_before(latest) and session.presented.renewed_before(latest)
+        now = self.manager.clock()
+        latest = now - self.manager.renew_interval
+        if not session.presented.claims_renewal_before(latest) or now < self._no_renewal_before:
+            return "no"
+        if not session.presented.renewed_before(latest):
+            return "no"
+        if not session.loaded and session.presented.token() in self._dead:
+            return "no"
+        return "yes" if app.config["SESSION_REFRESH_EACH_REQUEST"] else "if changed"
+
+    def _remember_dead(self, token: str | None) -> None:
+        """Not to look again for a session that has expired, ended or gone: browsers send such a cookie for long."""
+        if token is not None:
+            self._dead[token] = None
+            if len(self._dead) > _MOST_DEAD:
+                self._dead.pop(next(iter(self._dead)), None)
 
     # The cookie -------------------------------------------------------------------------------------------------------
 

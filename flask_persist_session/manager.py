@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from . import tokens
-from .exceptions import SerializationError, SessionConflict, SessionTooLarge
+from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreUnavailable
 from .records import JSON, Deletion, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec
 from .signals import (
@@ -30,7 +30,7 @@ from .stores.base import SessionStore
 
 log = logging.getLogger("flask_persist_session")
 
-Outcome: TypeAlias = Literal["unchanged", "saved", "discarded"]
+Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded"]
 
 #: Seconds for which a regenerated session is remembered, so that requests under way with the old token store nothing.
 REGENERATED_GRACE = 30.0
@@ -215,6 +215,8 @@ class SessionManager:
     def load(self, session_id: str) -> StoredSession | None:
         """Return the session in whatever state it is, closed ones without data; ``None`` if there is none.
 
+        One that ended is there for as long as its reason is kept.
+
         A record that cannot be read is reported (log, ``session_corrupt``) and treated as missing; it stays where it
         is. Raises ``StoreError``.
         """
@@ -225,6 +227,8 @@ class SessionManager:
             if record is None:
                 return None
             state = self._state(record)
+            if state == "ended" and self.clock() >= record.expires_at:
+                return None  # its reason was kept long enough
             return StoredSession(record, self._codec.decode(record.data) if state == "active" else {}, state)
         except SerializationError as error:
             self._report_corrupt(session_id, error)
@@ -257,11 +261,12 @@ class SessionManager:
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
-    def save(self, session: StoredSession, *, renew: bool = False) -> Outcome:
-        """Store what was changed, merged with what others changed meanwhile; with *renew* store even if nothing was.
+    def save(self, session: StoredSession, *, renew: bool = False, delete_empty: bool = False) -> Outcome:
+        """Store what was changed, merged with what others changed meanwhile.
 
-        Keys that were changed here win, all others are taken as they are in the store now. A session that has ended
-        or gone meanwhile stays so: the change is ``"discarded"`` and ``session_discarded`` sent.
+        Keys that were changed here win, all others are taken as they are in the store now. With *renew* the session is
+        renewed even if nothing was changed, with *delete_empty* it is deleted if nothing is left in it. A session that
+        has ended or gone meanwhile stays so: the change is ``"discarded"`` and ``session_discarded`` sent.
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, ``SessionTooLarge``,
         ``SessionConflict`` after too many tries, ``StoreError``. Whatever is raised, the stored state is as it was.
@@ -269,17 +274,21 @@ class SessionManager:
         payload = self._encode(session.data)
         if self._codec.unchanged(payload, session.record.data):
             return self.renew(session) if renew else "unchanged"
-        return self._merge_and_save(session, payload, renew)
+        return self._merge_and_save(session, payload, renew, delete_empty)
 
     def renew(self, session: StoredSession) -> Outcome:
-        """Move the session's expiry forward, leaving its data as it was loaded. Raises ``StoreError``.
+        """Move the session's expiry forward, leaving its data as it was loaded.
 
-        ``"unchanged"`` if somebody else saved or ended it at this moment.
+        ``"unchanged"`` if somebody else saved or ended it at this moment, or the store is not available: nothing is
+        lost by renewing later. Raises ``StoreError``.
         """
         try:
             session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
+            return "unchanged"
+        except StoreUnavailable as error:
+            log.warning("session %s could not be renewed: %s", session.id, error)
             return "unchanged"
         return "saved"
 
@@ -302,10 +311,13 @@ class SessionManager:
         self.store.save(changed, expected=record.version)
         return changed
 
-    def _merge_and_save(self, session: StoredSession, payload: bytes, renew: bool) -> Outcome:
+    def _merge_and_save(self, session: StoredSession, payload: bytes, renew: bool, delete_empty: bool) -> Outcome:
         base, record = session.record.data, session.record
         for attempt in range(1, _ATTEMPTS + 1):
             try:
+                if delete_empty and not session.data:
+                    self._delete_version(record)
+                    return "deleted"
                 session.record = self._write(record, payload, renew=renew)
                 return "saved"
             except SessionConflict:
@@ -319,7 +331,11 @@ class SessionManager:
                 session.record = current
                 return "saved"
             _pause(attempt)
-        raise SessionConflict(f"session {record.id} was changed by others {_ATTEMPTS} times while it was being saved")
+        raise _too_many(record.id, "saved")
+
+    def _delete_version(self, record: SessionRecord) -> None:
+        if not self.store.delete(record.id, expected=record.version):
+            raise SessionConflict(f"session {record.id} was changed meanwhile")
 
     def _current(self, record: SessionRecord) -> SessionRecord | None:
         """The record as it is now, if it is still active; otherwise say that a change is discarded."""
@@ -390,7 +406,7 @@ class SessionManager:
             moved.record = self._write(moved.record, self._encode(moved.data))
             base, record = current.data, current
             _pause(attempt)
-        raise SessionConflict(f"session {record.id} was changed by others {_ATTEMPTS} times while it was regenerated")
+        raise _too_many(record.id, "regenerated")
 
     def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession:
         """Store *data* as a new session under a new token and end the old one, taking nothing else along.
@@ -398,18 +414,36 @@ class SessionManager:
         Raises as ``create`` does; then the old session is as it was.
         """
         fresh = self.create(data)
-        self.end(session.id, "regenerated")
+        self._end(session.id, "regenerated")
         return fresh
 
-    def flush(self, session_id: str) -> bool:
-        """Delete the session with its data, for the user who signs out; say whether it was there."""
-        return self.delete(session_id)
+    def flush(self, session: StoredSession) -> Outcome:
+        """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
+
+        ``"deleted"``, or ``"discarded"`` if it has ended otherwise, whose reason then stays. Raises ``StoreError``.
+        """
+        record = session.record
+        for attempt in range(1, _ATTEMPTS + 1):
+            if self.store.delete(record.id, expected=record.version):
+                return "deleted"
+            current = self._current(record)
+            if current is None:
+                return "discarded"
+            record = current
+            _pause(attempt)
+        raise _too_many(record.id, "flushed")
 
     def end(self, session_id: str, reason: str = "ended") -> bool:
         """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.
 
-        Says whether it was active until now. Raises ``StoreError``.
+        Says whether it was active until now. Raises ``StoreError``, ``ValueError`` for the reason ``"regenerated"``,
+        which says that the session goes on under another token.
         """
+        if reason == "regenerated":
+            raise ValueError('only regenerating ends a session with the reason "regenerated"; choose another one')
+        return self._end(session_id, reason)
+
+    def _end(self, session_id: str, reason: str) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):
             record = self.store.get(session_id) if is_session_id(session_id) else None
             if record is None or self._state(record) != "active":
@@ -419,7 +453,7 @@ class SessionManager:
                 return True
             except SessionConflict:
                 _pause(attempt)
-        raise SessionConflict(f"session {session_id} was changed by others {_ATTEMPTS} times while it was being ended")
+        raise _too_many(session_id, "ended")
 
     def _close(self, record: SessionRecord, reason: str) -> None:
         now = self.clock()
@@ -442,7 +476,8 @@ class SessionManager:
     def cleanup(self, *, older_than: float | None = None, dry_run: bool = False) -> CleanupReport:
         """Remove what has expired and ended sessions that were kept long enough, in batches.
 
-        *older_than* (seconds): also remove active sessions whose last request is longer ago. *dry_run*: only count.
+        *older_than* (seconds): also remove active sessions whose last request is longer ago; one interval is added,
+        within which requests are not noted. *dry_run*: only count.
         Removed is exactly the version that was seen: a session renewed meanwhile stays.
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``.
         """
@@ -450,7 +485,7 @@ class SessionManager:
         # A session expires at expires_at, and the query excludes its bound.
         queries = [SessionQuery(expires_before=math.nextafter(now, math.inf))]
         if older_than is not None:
-            queries.append(SessionQuery(state="active", now=now, accessed_before=now - older_than))
+            queries.append(SessionQuery(state="active", now=now, accessed_before=now - older_than - self.renew_interval))
         counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
         for query in queries:
             for batch in _batches(self.store.find(query)):
@@ -466,6 +501,10 @@ class SessionManager:
 def _batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:
     while batch := list(islice(records, _BATCH)):
         yield batch
+
+
+def _too_many(session_id: str, what: str) -> SessionConflict:
+    return SessionConflict(f"session {session_id} was changed by others {_ATTEMPTS} times while it was being {what}")
 
 
 def _pause(attempt: int) -> None:

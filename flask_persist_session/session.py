@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from flask.sessions import SessionMixin
 
+from .exceptions import StoreError
 from .manager import Outcome, SessionManager, StoredSession
 from .tokens import session_id
 
@@ -15,6 +16,8 @@ _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
 CookieTask: TypeAlias = Literal["keep", "set", "renew", "delete"]
 """What the response's cookie needs: nothing, a (new) token, the same token with a new time, or to go."""
+Renewal: TypeAlias = Literal["no", "if changed", "yes"]
+"""Whether it is time to renew the session: not yet, only if it is saved anyway, or in any case."""
 
 
 class Session(SessionMixin):
@@ -38,6 +41,7 @@ class Session(SessionMixin):
         self._cleared = False
         self._regenerate = False
         self._frozen = False  # the session has ended: this request stores nothing any more
+        self._failure: StoreError | None = None  # why it could not be loaded
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
@@ -49,16 +53,24 @@ class Session(SessionMixin):
     def _load(self) -> dict[str, Any]:
         if self._data is None:
             token = self._read_token()
-            found = None if token is None else self._manager.load(session_id(token))
-            if found is None or found.state == "active":
-                self._stored, self._token = found, token
-            else:
-                self._closed = found
-                # A request that was under way when its session moved to a new token must not start another one: its
-                # cookie would replace the new one in the browser.
-                self._frozen = found.end_reason == "regenerated"
+            try:
+                found = None if token is None else self._manager.load(session_id(token))
+            except StoreError as error:
+                # Whoever answers the error may look at the session too, and must not wait for the store again.
+                self._failure, self._data = error, {}
+                raise
+            self._open(found, token)
             self._data = {} if self._stored is None else self._stored.data
         return self._data
+
+    def _open(self, found: StoredSession | None, token: str | None) -> None:
+        if found is None or found.state == "active":
+            self._stored, self._token = found, token
+            return
+        self._closed = found
+        # A request that was under way when its session moved to a new token must not start another one: its cookie
+        # would replace the new one in the browser.
+        self._frozen = found.end_reason == "regenerated"
 
     # The mapping ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +132,8 @@ class Session(SessionMixin):
     @property
     def modified(self) -> bool:
         """Whether a key was set or removed. Set it to ``True`` to have the session saved and renewed in any case, to
-        ``False`` to have the changes so far not saved. Changes inside nested values are noticed without it.
+        ``False`` to have nothing saved unless another key is set or removed afterwards. Changes inside nested values
+        are noticed without it.
         """
         return self._changed if self._forced is None else self._forced
 
@@ -180,6 +193,8 @@ class Session(SessionMixin):
         """
         self._load()
         self._regenerate = True
+        if self._forced is False:
+            self._forced = None  # what protects the user is not taken back by accident
 
     def flush(self) -> None:
         """Remove everything and delete the session when it is saved; what is put in afterwards starts a new one."""
@@ -193,37 +208,44 @@ class Session(SessionMixin):
         Raises ``SerializationError``, ``SessionTooLarge``, ``SessionConflict``, ``StoreError``; the stored state is
         then as it was.
         """
-        self.finish(renew=False)
+        self.finish("no")
 
-    def finish(self, *, renew: bool) -> tuple[CookieTask, str | None]:
-        """Store what is to be stored; with *renew* even an untouched session is renewed.
+    def finish(self, renewal: Renewal) -> tuple[CookieTask, str | None]:
+        """Store what is to be stored; with *renewal* ``"yes"`` even an untouched session is renewed.
 
         Returns what the cookie needs since the session was opened, and the token to put into it. Raises as ``save``
         does.
         """
-        if self.loaded or renew:
-            self._store(self._load(), renew)
+        if self.loaded or renewal == "yes":
+            self._store(self._load(), renewal)
         return self._cookie, self._token
 
-    def _store(self, data: dict[str, Any], renew: bool) -> None:
+    @property
+    def live(self) -> bool:
+        """Whether there is an active session in the store."""
+        return self._stored is not None
+
+    def _store(self, data: dict[str, Any], renewal: Renewal) -> None:
         wanted = self._changed or self._exposed or self._regenerate if self._forced is None else self._forced
-        if self._frozen:
+        if self._frozen or self._failure is not None:
             self._drop_changes()
         elif self._stored is None:
             self._store_new(data, wanted)
-        elif wanted and not data:
+        elif wanted and self._changed and not data:
             self._delete(self._stored)
         elif wanted and self._cleared:
             self._adopt(self._manager.restart(self._stored, data))
         elif wanted and self._regenerate:
             self._adopt(self._manager.regenerate(self._stored))
         elif wanted:
-            self._save(self._stored, renew or self._forced is True)
-        elif renew:
+            self._save(self._stored, renewal)
+        elif renewal == "yes":
             self._finish_save(self._manager.renew(self._stored), "renew")
         self._changed, self._forced, self._cleared, self._regenerate = False, None, False, False
 
     def _drop_changes(self) -> None:
+        if self._changed and self._failure is not None:
+            raise self._failure
         if self._changed and self._closed is not None:
             self._manager.discard(self._closed.id, self._closed.end_reason)
 
@@ -234,8 +256,13 @@ class Session(SessionMixin):
             self._cookie = "delete"
 
     def _delete(self, stored: StoredSession) -> None:
-        self._manager.flush(stored.id)
-        self._stored, self._token, self._cookie = None, None, "delete"
+        # What was cleared is signed out, whatever others put in meanwhile. What lost its last key is only empty if
+        # they did not.
+        outcome = self._manager.flush(stored) if self._cleared else self._manager.save(stored, delete_empty=True)
+        self._finish_save(outcome, "keep")
+        self._data = stored.data
+        if outcome == "deleted":
+            self._stored, self._token, self._cookie = None, None, "delete"
 
     def _adopt(self, stored: StoredSession | None) -> None:
         """Go on under a new token, or store nothing any more if the session ended meanwhile."""
@@ -243,11 +270,15 @@ class Session(SessionMixin):
         if stored is not None:
             self._stored, self._data, self._token, self._cookie = stored, stored.data, stored.token, "set"
 
-    def _save(self, stored: StoredSession, renew: bool) -> None:
-        changed = self._changed or self._forced is True
-        outcome = self._manager.save(stored, renew=renew)
+    def _save(self, stored: StoredSession, renewal: Renewal) -> None:
+        forced = self._forced is True
+        changed = self._changed or forced
+        outcome = self._manager.save(stored, renew=forced or renewal == "yes")
         self._data = stored.data
-        self._finish_save(outcome, ("set" if changed else "renew") if renew else "keep")
+        if renewal == "no" and not forced:
+            self._finish_save(outcome, "keep")
+        else:
+            self._finish_save(outcome, "set" if changed else "renew")
 
     def _finish_save(self, outcome: Outcome, task: CookieTask) -> None:
         self._frozen = outcome == "discarded"

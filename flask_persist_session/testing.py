@@ -39,7 +39,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from .exceptions import PersistSessionError, SessionConflict, UnsupportedByStore
 from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
-from .stores.base import SessionStore
+from .stores.base import FIXED_FIELDS, SessionStore
 from .tokens import SHARDS, shard_of
 
 #: How long a race may take before it counts as hung, in seconds.
@@ -224,7 +224,8 @@ class _AgainstDict(RuleBasedStateMachine):
     def save(self, new: SessionRecord, fields: dict[str, Any], off: int) -> None:
         """Creates, or saves over the version that is stored, or over one that is not."""
         expected = max(0, self.version(new.id) + off)
-        record = replace(new, version=expected + 1, **fields)
+        fixed = {name: getattr(self.model[new.id], name) for name in FIXED_FIELDS} if new.id in self.model else {}
+        record = replace(new, version=expected + 1, **fields | fixed)
         if expected == self.version(new.id):
             self.store.save(record, expected=expected)
             self.model[new.id] = record
@@ -375,7 +376,7 @@ def _take_leases(names: Sequence[str], store: SessionStore, number: int) -> list
 
 _each = settings(
     deadline=None,
-    max_examples=25,
+    max_examples=40,
     # One store per test serves all examples, which empty it; and each subclass runs the same test with its own store.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow],
 )
@@ -460,12 +461,12 @@ class SessionStoreContract:
 
     @pytest.mark.parametrize("fields", ODD_FIELDS.values(), ids=ODD_FIELDS)
     def test_round_trip_of_a_change(self, store: SessionStore, fields: dict[str, Any]) -> None:
-        """A save replaces every field, by an empty value and by ``None`` too."""
-        first = make_record(user_id=fields.get("user_id", "alice"), ended_at=5.0, end_reason="logout")
-        store.save(first, expected=0)
-        second = replace(make_record(**fields), version=2)
-        store.save(second, expected=1)
-        assert _exactly(store.get(first.id)) == _exactly(second)
+        """A later save replaces every field that is not fixed, by an empty value and by ``None`` too."""
+        changed = make_record(version=2, **fields)
+        other = make_record(tags=frozenset({"old"}), metadata={"old": 1}, data=b"old", ended_at=6.0, end_reason="old")
+        store.save(replace(other, **{name: getattr(changed, name) for name in FIXED_FIELDS}), expected=0)
+        store.save(changed, expected=1)
+        assert _exactly(store.get(changed.id)) == _exactly(changed)
 
     @pytest.mark.parametrize("text", HARD_TEXT.values(), ids=HARD_TEXT)
     @pytest.mark.parametrize("field", ["user_id", "tenant_id", "end_reason", "tags"])
@@ -550,10 +551,9 @@ class SessionStoreContract:
 
     @pytest.mark.parametrize("session_id", MALFORMED_IDS.values(), ids=MALFORMED_IDS)
     def test_save_of_a_malformed_id(self, store: SessionStore, session_id: str) -> None:
-        """A malformed id is refused before anything is written."""
-        with pytest.raises(ValueError, match="id"):
+        """A malformed id is refused as such, not by what the driver makes of it."""
+        with pytest.raises(ValueError, match="session id"):
             store.save(make_record(id=session_id, user_id=None), expected=0)
-        assert store.get(session_id) is None
 
     def test_creation_in_a_wrong_shard(self, store: SessionStore) -> None:
         """A new session outside of its user's shard is refused, since the user's sessions are listed there."""
@@ -760,9 +760,9 @@ class SessionStoreContract:
         """Conditions are judged on what was saved last, by whichever index they are looked up."""
         record = make_record(expires_at=100.0)
         listing.save(record, expected=0)
-        changed = following(record, expires_at=300.0, tenant_id=None, tags=frozenset({"new"}), metadata={"a": "late"})
+        changed = following(record, expires_at=300.0, tags=frozenset({"new"}), metadata={"a": "late"})
         listing.save(changed, expected=1)
-        outdated: list[dict[str, Any]] = [{"expires_before": 200.0}, {"tenant_id": "acme"}, {"text": "firefox"}]
+        outdated: list[dict[str, Any]] = [{"expires_before": 200.0}, {"tags": frozenset({"web"})}, {"text": "firefox"}]
         assert [list(listing.find(SessionQuery(**way))) for way in outdated] == [[], [], []]
         current: list[dict[str, Any]] = [{"expires_after": 300.0}, {"tags": frozenset({"new"})}, {"text": "LATE"}]
         assert [list(listing.find(SessionQuery(**way))) for way in current] == [[changed]] * 3
@@ -960,7 +960,7 @@ class SessionStoreContract:
     def test_against_a_dict(self, store: SessionStore) -> None:
         """Whatever is done in whatever order, the store and a plain dict agree."""
         machine: Any = partial(_AgainstDict, store)
-        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=15, stateful_step_count=20))
+        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=25, stateful_step_count=20))
 
     def test_race_of_changes(self, store: SessionStore, race: Race) -> None:
         """No update is lost: increments of several processes add up, in the counter and in the version."""

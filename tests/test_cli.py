@@ -62,7 +62,7 @@ def test_cleanup_counts_first_and_removes_then(app: Flask) -> None:
 
 def test_cleanup_takes_an_age(app: Flask, clock: Clock) -> None:
     """``--older-than 24h`` removes active sessions without a request for a day."""
-    clock.advance(86401)
+    clock.advance(86461)
     assert run(app, "cleanup", "--older-than", "24h")[1] == "removed 3 sessions (1 expired, 1 ended, 1 idle)\n"
 
 

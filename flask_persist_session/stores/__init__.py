@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,13 +85,19 @@ def open_store(url: str | SessionStore | object, *, namespace: str = "web", base
 def _take_apart(url: str, base_path: str) -> Location:
     try:
         parts = urlsplit(url)
-        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        parts.port  # noqa: B018  raises if it is no number
     except ValueError as error:
         raise ConfigError(f"the store URL cannot be read: {error}") from error
     if parts.scheme not in _MODULES:
+        near = difflib.get_close_matches(parts.scheme, _MODULES, n=1)
+        hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
         known = ", ".join(f"{scheme}:" for scheme in _MODULES)
-        raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; allowed are {known}")
-    return Location(parts._replace(query=""), dict(options), base_path)
+        raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; {hint} are {known}")
+    options = dict(given)
+    if len(options) < len(given):
+        raise ConfigError(f"the store URL {redacted(parts)!r} has an option twice")
+    return Location(parts._replace(query=""), options, base_path)
 
 
 def redacted(url: SplitResult) -> str:

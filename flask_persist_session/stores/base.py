@@ -6,7 +6,7 @@
             self.lock = threading.Lock()
 
         def get(self, session_id):
-            return self.records.get(session_id)
+            return copy.deepcopy(self.records.get(session_id))
 
         def save(self, record, *, expected):
             check_save(record, expected)
@@ -14,7 +14,7 @@
                 stored = self.records.get(record.id)
                 if (stored.version if stored else 0) != expected:
                     raise conflict(record.id, expected)
-                self.records[record.id] = record
+                self.records[record.id] = copy.deepcopy(record)
 
         def delete(self, session_id, *, expected=None):
             with self.lock:
@@ -25,7 +25,7 @@
                 return True
 
         def scan(self):
-            yield from list(self.records.values())
+            yield from copy.deepcopy(list(self.records.values()))
 
 Run ``flask_persist_session.testing.SessionStoreContract`` against yours: it checks each sentence below.
 

@@ -30,7 +30,7 @@ class CachelibStore(SessionStore):
     """Keeps each session as one entry of a cache.
 
     :param cache: a ``cachelib`` cache. Its own limits apply: what it evicts is signed out, so give it room
-        (``threshold=0`` for ``FileSystemCache`` and ``SimpleCache``).
+        (``threshold=0`` is no limit for a ``FileSystemCache``; a ``SimpleCache`` needs a large number).
     :param namespace: part of the keys.
     """
 

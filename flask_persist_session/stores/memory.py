@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 
+from ..exceptions import ConfigError
 from ..records import SessionRecord
 from . import Location
 from .base import SessionStore, check_save, conflict
@@ -12,6 +15,8 @@ from .base import SessionStore, check_save, conflict
 
 def open_location(location: Location, namespace: str) -> MemoryStore:
     """A store of its own for each call: ``memory://`` has no options."""
+    if location.url.netloc or location.url.path:
+        raise ConfigError(f"{location} names a place; write memory://")
     location.read_options()
     return MemoryStore()
 
@@ -24,14 +29,15 @@ class MemoryStore(SessionStore):
         self._lock = threading.Lock()
 
     def get(self, session_id: str) -> SessionRecord | None:
-        return self._records.get(session_id)
+        record = self._records.get(session_id)
+        return _copy(record) if record else None
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         with self._lock:
             if self._version(record.id) != expected:
                 raise conflict(record.id, expected)
-            self._records[record.id] = record
+            self._records[record.id] = _copy(record)
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         with self._lock:
@@ -47,8 +53,13 @@ class MemoryStore(SessionStore):
     def scan(self) -> Iterator[SessionRecord]:
         with self._lock:
             records = list(self._records.values())
-        yield from records
+        yield from map(_copy, records)
 
     def lease(self, name: str, seconds: float) -> bool:
         # Nobody but this object reaches the dict, so whoever asks is the holder.
         return seconds > 0
+
+
+def _copy(record: SessionRecord) -> SessionRecord:
+    """A record whose metadata nobody else can change."""
+    return replace(record, metadata=deepcopy(record.metadata)) if record.metadata else record

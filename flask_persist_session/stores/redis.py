@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ..exceptions import SerializationError, StoreError, StoreUnavailable
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import Change, Deletion, SessionQuery, SessionRecord, is_session_id
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from ..tokens import SHARDS, shard_of
@@ -46,8 +47,17 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
     ``db``, ``max_connections``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
     """
-    texts = dict.fromkeys(("prefix", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), str)
-    options = location.read_options(timeout=seconds, db=int, max_connections=int, **texts)
+    if location.scheme != "unix" and not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
+        raise ConfigError(f"{location} names the database {location.url.path[1:]!r}; allowed is a number")
+    tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if location.scheme == "rediss" else ()
+    readers: dict[str, Callable[[str], Any]] = {
+        "timeout": seconds,
+        "prefix": str,
+        "db": int,
+        "max_connections": int,
+        **dict.fromkeys(tls, str),
+    }
+    options = location.read_options(**readers)
     wait, prefix = options.pop("timeout", 2.0), options.pop("prefix", "persist")
     client = redis.Redis.from_url(
         urlunsplit(location.url),

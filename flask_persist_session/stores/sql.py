@@ -89,10 +89,10 @@ def _open_postgresql(location: Location, namespace: str) -> SQLStore:
     url, name = location.url, unquote(location.url.path.removeprefix("/"))
     if not name:
         raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
-    timeout = {"timeout": 5.0, "host": url.hostname, **location.read_options(timeout=seconds, host=str)}
-    wait = float(timeout["timeout"])
+    options = {"host": url.hostname} | location.read_options(timeout=seconds, host=str, sslmode=str, sslrootcert=str)
+    wait = float(options.pop("timeout", 5.0))
     parameters = {
-        "host": timeout["host"],
+        **options,
         "port": url.port,
         "user": unquote(url.username) if url.username else None,
         "password": unquote(url.password) if url.password else None,
@@ -134,9 +134,12 @@ class SQLStore(SessionStore):
 
     def get(self, session_id: str) -> SessionRecord | None:
         try:
-            row = self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
+            row = self._row(session_id)
         except pw.PeeweeException as error:
-            raise self._failure(error) from error
+            if not self._lost_connection():
+                raise self._failure(error) from error
+            with self._using():  # the server was restarted, say: once more on a new connection
+                row = self._row(session_id)
         return None if row is None else _record(row)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
@@ -226,6 +229,9 @@ class SQLStore(SessionStore):
             raise self._failure(error) from error
 
     # One row ----------------------------------------------------------------------------------------------------------
+
+    def _row(self, session_id: str) -> Any:
+        return self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
 
     # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
     # BEGIN IMMEDIATE, waiting for it within the timeout.
@@ -332,6 +338,13 @@ class SQLStore(SessionStore):
         except pw.PeeweeException as error:
             raise self._failure(error) from error
 
+    def _lost_connection(self) -> bool:
+        """Whether the connection broke; then it is closed, and the next use connects anew."""
+        if self._database.is_closed() or self._database.is_connection_usable():
+            return False
+        self._database.close()
+        return True
+
     def _failure(self, error: pw.PeeweeException) -> StoreError:
         passing = _will_pass(error)
         if passing and not self._database.is_closed() and not self._database.in_transaction():
@@ -348,13 +361,20 @@ class SQLStore(SessionStore):
 
     def _make_tables(self) -> None:
         database, table = self._database, self._model._meta.table_name
-        if isinstance(database, pw.PostgresqlDatabase):
-            # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
-            database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,))
-        for model in (self._schema, self._leases, self._model):
-            with model.bind_ctx(database):
-                model.create_table(safe=True)
-        self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
+        # A user who may not create anything can use what somebody else created.
+        missing = [
+            model
+            for model in (self._schema, self._leases, self._model)
+            if not database.table_exists(model._meta.table_name)
+        ]
+        if missing:
+            if isinstance(database, pw.PostgresqlDatabase):
+                # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
+                database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,))
+            for model in missing:
+                with model.bind_ctx(database):
+                    model.create_table(safe=True)
+            self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
         found = self._schema.select(self._schema.version).where(self._schema.name == table).scalar(database)
         if found != SCHEMA_VERSION:
             raise StoreError(
