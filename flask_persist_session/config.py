@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from .stores.base import SessionStore
 
 PREFIX = "PERSIST_SESSION_"
+#: The longest duration, 100 years in seconds: later moments have no date.
+LONGEST = 100 * 365 * 86400.0
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", re.ASCII)
 
@@ -64,7 +65,7 @@ class Config:
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}"
     return f"{key} is not a setting of Flask-Persist-Session; {hint}"
 
@@ -81,12 +82,12 @@ def parse_duration(text: str) -> float:
 
 
 def _duration(key: str, value: Any) -> float:
-    allowed = 'a number of seconds of at least 0, a timedelta, or text such as "30m", "24h" or "7d"'
+    allowed = 'a number of seconds from 0 to 100 years, a timedelta, or text such as "30m", "24h" or "7d"'
     try:
         seconds = parse_duration(value) if isinstance(value, str) else _seconds(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _wrong(key, value, allowed) from None
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds <= LONGEST:
         raise _wrong(key, value, allowed)
     return seconds
 

@@ -8,7 +8,7 @@ from flask import Flask, Response, current_app
 from werkzeug.exceptions import ServiceUnavailable
 
 from .cli import sessions_cli
-from .config import Config
+from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, StoreUnavailable
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
@@ -54,11 +54,14 @@ class PersistSession:
         config = Config.from_mapping(app.config)
         if not config.enabled:
             return
-        store = open_store(config.store, base_path=app.instance_path)
+        try:
+            store = open_store(config.store, base_path=app.instance_path)
+        except ConfigError as error:
+            raise ConfigError(f"{PREFIX}STORE: {error}") from error
         manager = SessionManager(
             store,
             Codec(config.serializer, keys=lambda: secret_keys(app)),
-            idle_timeout=lambda: config.idle_timeout or app.permanent_session_lifetime.total_seconds(),
+            idle_timeout=lambda: config.idle_timeout or min(LONGEST, app.permanent_session_lifetime.total_seconds()),
             absolute_timeout=config.absolute_timeout,
             renew_interval=config.renew_interval,
             keep_ended=config.keep_ended,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface, SessionMixin
 
-from .exceptions import PersistSessionError, StoreUnavailable
+from .exceptions import PersistSessionError, StoreError
 from .session import CookieTask, Renewal, Session
 from .tokens import SignedToken, TokenSigner, claimed_time
 
@@ -80,7 +80,7 @@ class PersistSessionInterface(SessionInterface):
             return session.finish(renewal)
         try:
             order = session.finish(renewal)
-        except StoreUnavailable as error:
+        except StoreError as error:
             # The request does not need the session, and those that come next must not wait for the store either.
             log.warning("a session could not be renewed: %s", error)
             self._no_renewal_before = self.manager.clock() + _PAUSE

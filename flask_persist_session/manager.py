@@ -10,14 +10,15 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from . import tokens
-from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreUnavailable
+from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
 from .records import JSON, Deletion, SessionQuery, SessionRecord, State, StoreStats, is_session_id
-from .serializers import Codec
+from .serializers import Codec, dump_metadata
 from .signals import (
     SessionConflicted,
     SessionCorrupt,
@@ -160,9 +161,10 @@ class SessionManager:
         *user_id* and *tenant_id* are kept as ``str``: 7 and "7" are the same user. *metadata* is JSON that can be
         searched, *tags* are labels.
 
-        Raises ``SerializationError`` naming the key path of a value that cannot be stored, ``SessionTooLarge``,
-        ``StoreError``.
+        Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
+        JSON, ``SessionTooLarge``, ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
         """
+        dump_metadata(metadata or {})
         return self._create(
             {} if data is None else data,
             created_at=self.clock(),
@@ -279,15 +281,15 @@ class SessionManager:
     def renew(self, session: StoredSession) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded.
 
-        ``"unchanged"`` if somebody else saved or ended it at this moment, or the store is not available: nothing is
-        lost by renewing later. Raises ``StoreError``.
+        ``"unchanged"`` if somebody else saved or ended it at this moment, or the store failed: nothing is lost by
+        renewing later.
         """
         try:
             session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
             return "unchanged"
-        except StoreUnavailable as error:
+        except StoreError as error:
             log.warning("session %s could not be renewed: %s", session.id, error)
             return "unchanged"
         return "saved"
@@ -322,40 +324,39 @@ class SessionManager:
                 return "saved"
             except SessionConflict:
                 session_conflict.send(self._sender, event=SessionConflicted(session_id=record.id, attempt=attempt))
-            current = self._current(record)
+            _pause(attempt)
+            current = self._current(record.id)
             if current is None:
                 return "discarded"
-            session.data = self._merge(base, session.data, current.data)
-            base, record, payload = current.data, current, self._encode(session.data)
-            if payload == current.data:
-                session.record = current
+            session.data = self._merge(base, session.data, current)
+            base, record, payload = current.record.data, current.record, self._encode(session.data)
+            if payload == record.data:
+                session.record = record
                 return "saved"
-            _pause(attempt)
         raise _too_many(record.id, "saved")
 
     def _delete_version(self, record: SessionRecord) -> None:
         if not self.store.delete(record.id, expected=record.version):
             raise SessionConflict(f"session {record.id} was changed meanwhile")
 
-    def _current(self, record: SessionRecord) -> SessionRecord | None:
-        """The record as it is now, if it is still active; otherwise say that a change is discarded."""
-        try:
-            current = self.store.get(record.id)
-        except SerializationError as error:
-            self._report_corrupt(record.id, error)
-            current = None
-        if current is not None and self._state(current) == "active":
+    def _current(self, session_id: str) -> StoredSession | None:
+        """The session as it is now, if it is still active; otherwise say that a change is discarded.
+
+        Whoever asks has met a conflict and paused: between this look and the next try there is no time to lose.
+        """
+        current = self.load(session_id)
+        if current is not None and current.state == "active":
             return current
-        self.discard(record.id, current.end_reason or "expired" if current else None)
+        self.discard(session_id, current.end_reason if current else None)
         return None
 
     def discard(self, session_id: str, reason: str | None) -> None:
         """Say that a change to a session was dropped because it had ended for *reason*."""
         session_discarded.send(self._sender, event=SessionDiscarded(session_id=session_id, reason=reason))
 
-    def _merge(self, base: bytes, mine: dict[str, Any], theirs: bytes) -> dict[str, Any]:
+    def _merge(self, base: bytes, mine: dict[str, Any], theirs: StoredSession) -> dict[str, Any]:
         """Their data with the keys that *mine* changed against *base*; all by their encoded form, so that types count."""
-        before, merged = self._codec.decode(base), self._codec.decode(theirs)
+        before, merged = self._codec.decode(base), theirs.data
         for key in before.keys() | mine.keys():
             if key not in mine:
                 merged.pop(key, None)
@@ -388,7 +389,8 @@ class SessionManager:
             ended = self._end_moved(session.record, moved)
         finally:
             if not ended:
-                self.store.delete(moved.id)
+                with suppress(StoreError):  # nobody has its token, and it expires
+                    self.store.delete(moved.id)
         return moved if ended else None
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
@@ -399,13 +401,13 @@ class SessionManager:
                 self._close(record, "regenerated")
                 return True
             except SessionConflict:
-                current = self._current(record)
+                _pause(attempt)
+            current = self._current(record.id)
             if current is None:
                 return False
-            moved.data = self._merge(base, moved.data, current.data)
+            moved.data = self._merge(base, moved.data, current)
             moved.record = self._write(moved.record, self._encode(moved.data))
-            base, record = current.data, current
-            _pause(attempt)
+            base, record = current.record.data, current.record
         raise _too_many(record.id, "regenerated")
 
     def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession:
@@ -426,17 +428,18 @@ class SessionManager:
         for attempt in range(1, _ATTEMPTS + 1):
             if self.store.delete(record.id, expected=record.version):
                 return "deleted"
-            current = self._current(record)
+            _pause(attempt)
+            current = self._current(record.id)
             if current is None:
                 return "discarded"
-            record = current
-            _pause(attempt)
+            record = current.record
         raise _too_many(record.id, "flushed")
 
     def end(self, session_id: str, reason: str = "ended") -> bool:
         """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.
 
-        Says whether it was active until now. Raises ``StoreError``, ``ValueError`` for the reason ``"regenerated"``,
+        Says whether it was active until now; one that cannot be read is reported and was not. Raises ``StoreError``,
+        ``ValueError`` for the reason ``"regenerated"``,
         which says that the session goes on under another token.
         """
         if reason == "regenerated":
@@ -445,11 +448,11 @@ class SessionManager:
 
     def _end(self, session_id: str, reason: str) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):
-            record = self.store.get(session_id) if is_session_id(session_id) else None
-            if record is None or self._state(record) != "active":
+            session = self.get(session_id)
+            if session is None:
                 return False
             try:
-                self._close(record, reason)
+                self._close(session.record, reason)
                 return True
             except SessionConflict:
                 _pause(attempt)

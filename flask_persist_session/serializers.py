@@ -111,7 +111,8 @@ def _load_surrogates(plain: bytes) -> str:
 
 _DICT = _Kind(dict, 12, " k", _pairs, dict)  # a dict with a key that is no str
 _STR = _Kind(str, 13, " s8", _dump_surrogates, _load_surrogates)  # a str that UTF-8 does not allow
-_INT = _Kind(int, 14, " i", str, int)  # an int beyond 64 bits
+# An int beyond 64 bits, in hexadecimal: Python limits the length of decimal ones.
+_INT = _Kind(int, 14, " i", hex, lambda plain: int(plain, 16))
 _KINDS = (
     _Kind(tuple, 1, " t", list, tuple),
     _Kind(set, 2, " set", list, set, unordered=True),
@@ -129,7 +130,7 @@ _KINDS = (
 )
 _BY_TYPE = {kind.type: kind for kind in _KINDS}
 _BY_NUMBER = {kind.number: kind for kind in (*_KINDS, _DICT, _STR, _INT)}
-_BY_TAG = {kind.tag: kind for kind in (*_KINDS, _DICT, _STR)}
+_BY_TAG = {kind.tag: kind for kind in (*_KINDS, _DICT, _STR, _INT)}
 _SCALARS = frozenset({type(None), bool, float, bytes})
 
 
@@ -254,8 +255,10 @@ def _tagged(value: Any, depth: int = 0) -> Any:
     kind = type(value)
     if kind is bytes:
         return {" b": b64encode(value).decode("ascii")}
-    if kind in _SCALARS or kind is int:
+    if kind in _SCALARS:
         return value
+    if kind is int:
+        return value if -(2**63) <= value < 2**64 else {_INT.tag: _INT.dump(value)}
     if kind is str:
         return value if _is_utf8(value) else {_STR.tag: _tagged(_STR.dump(value), depth)}
     if kind is list:
@@ -322,6 +325,8 @@ def _plain(kind: _Kind, value: Any, convert: _Convert, depth: int) -> Any:
         raise _Unstorable(str(error)) from error
     if kind.type in (tuple, set, frozenset):
         return [_at(index, convert, item, depth) for index, item in enumerate(plain)]
+    if isinstance(value, deque):
+        return [value.maxlen, [_at(index, convert, item, depth) for index, item in enumerate(value)]]
     return convert(plain, depth + 1)
 
 
@@ -562,8 +567,16 @@ def record_of(
 ) -> SessionRecord:
     """A record of its fields in the order of ``SessionRecord``, tags and metadata as their dumped text.
 
-    Raises ``TypeError`` or ``ValueError`` if the text is damaged.
+    Raises ``TypeError`` or ``ValueError`` if a field is damaged: not every store keeps types apart.
     """
+    if (
+        type(data) is not bytes
+        or type(version) is not int
+        or not {type(session_id), type(user_id), type(tenant_id), type(end_reason)} <= _TEXT
+        or not {type(created_at), type(accessed_at), type(expires_at), type(ended_at)} <= _MOMENT
+        or None in (session_id, created_at, accessed_at, expires_at)
+    ):
+        raise TypeError("a field is of the wrong type")
     return SessionRecord(
         id=session_id,
         user_id=user_id,
@@ -580,6 +593,8 @@ def record_of(
     )
 
 
+_TEXT = {str, type(None)}
+_MOMENT = {float, int, type(None)}
 _NO_TAGS: frozenset[str] = frozenset()
 
 

@@ -378,7 +378,7 @@ def _take_leases(names: Sequence[str], store: SessionStore, number: int) -> list
 
 _each = settings(
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     # One store per test serves all examples, which empty it; and each subclass runs the same test with its own store.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow],
 )
@@ -962,7 +962,7 @@ class SessionStoreContract:
     def test_against_a_dict(self, store: SessionStore) -> None:
         """Whatever is done in whatever order, the store and a plain dict agree."""
         machine: Any = partial(_AgainstDict, store)
-        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=25, stateful_step_count=20))
+        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=15, stateful_step_count=20))
 
     def test_race_of_changes(self, store: SessionStore, race: Race) -> None:
         """No update is lost: increments of several processes add up, in the counter and in the version."""

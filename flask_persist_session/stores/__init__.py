@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,6 +25,9 @@ _MODULES = {
 }
 
 
+_NAMESPACE = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """A store URL taken apart: the URL without its query, its options, and where relative paths start."""
@@ -39,7 +43,10 @@ class Location:
 
     def path(self, text: str) -> str:
         """An absolute path of *text*, which starts at the base path if it is relative."""
-        return os.path.abspath(os.path.join(self.base_path, unquote(text)))
+        path = os.path.abspath(os.path.join(self.base_path, unquote(text)))
+        if "\0" in path:
+            raise ConfigError(f"{self} has a NUL character in its path")
+        return path
 
     def read_options(self, **readers: Callable[[str], Any]) -> dict[str, Any]:
         """The options, each read by the reader of its name. Raises ``ConfigError`` for one that is unknown or wrong."""
@@ -75,6 +82,8 @@ def open_store(url: str | SessionStore | object, *, namespace: str = "web", base
         from .cachelib import CachelibStore
 
         return CachelibStore.adapt(url, namespace)
+    if not _NAMESPACE.fullmatch(namespace):
+        raise ConfigError(f"the namespace {namespace!r} is not made of lower-case letters, digits and underscores")
     location = _take_apart(url, base_path)
     module = import_module(f".{_MODULES[location.scheme]}", __name__)
     store = module.open_location(location, namespace)
@@ -87,8 +96,12 @@ def _take_apart(url: str, base_path: str) -> Location:
         parts = urlsplit(url)
         given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         parts.port  # noqa: B018  raises if it is no number
-    except ValueError as error:
-        raise ConfigError(f"the store URL cannot be read: {error}") from error
+    except ValueError:
+        # Not with the error's own words: they may quote a part of a password that was not escaped.
+        raise ConfigError(
+            f"the store URL {_hidden(url)!r} cannot be read: the port must be a number up to 65535, and characters such "
+            "as / # ? @ in a password must be percent-encoded"
+        ) from None
     if parts.scheme not in _MODULES:
         near = difflib.get_close_matches(parts.scheme, _MODULES, n=1)
         hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
@@ -102,8 +115,14 @@ def _take_apart(url: str, base_path: str) -> Location:
 
 def redacted(url: SplitResult) -> str:
     """The URL without its password and query, for messages."""
-    place = url.netloc.rpartition("@")[2]
-    return urlunsplit(url._replace(netloc=f"***@{place}" if "@" in url.netloc else place, query="", fragment=""))
+    return _hidden(urlunsplit(url._replace(query="", fragment="")))
+
+
+def _hidden(url: str) -> str:
+    """The URL without whatever stands before its last @, query included."""
+    scheme, separator, rest = url.partition("://")
+    _, at, place = rest.rpartition("@")
+    return f"{scheme}{separator}{'***@' if at else ''}{place.partition('?')[0]}"
 
 
 def flag(text: str) -> bool:
@@ -111,6 +130,14 @@ def flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("allowed is 0 or 1")
     return text == "1"
+
+
+def count(text: str) -> int:
+    """Read an option that is a whole number above 0. Raises ``ValueError`` for anything else."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("allowed is a whole number above 0")
+    return value
 
 
 def seconds(text: str) -> float:

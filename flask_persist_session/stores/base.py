@@ -41,8 +41,10 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NoReturn
 
@@ -52,6 +54,8 @@ from ..tokens import shard_of
 
 log = logging.getLogger("flask_persist_session")
 
+#: How many characters a user id, a tenant id or an end reason may have: databases index so much.
+LONGEST_NAME = 512
 #: What never changes under one id; a session that gets another user gets another id.
 FIXED_FIELDS = frozenset({"id", "user_id", "tenant_id", "created_at"})
 
@@ -85,7 +89,8 @@ class SessionStore(ABC):
         A session keeps its ``FIXED_FIELDS`` for life: on a later save a store may leave them as they were created.
 
         Raises ``SessionConflict`` if the version differs or the record is missing; ``ValueError`` if
-        ``record.version`` is not ``expected + 1`` or the id is malformed; ``StoreUnavailable``, ``StoreError``.
+        ``record.version`` is not ``expected + 1``, or the record cannot be stored for another reason that ``check_save``
+        tells; ``StoreUnavailable``, ``StoreError``.
         """
 
     @abstractmethod
@@ -153,18 +158,57 @@ class SessionStore(ABC):
         """Give back what is held open (connections, files). Using the store again opens it anew; closing twice is fine."""
 
 
+_fork_hooks: list[weakref.WeakMethod[Callable[[], None]]] = []
+
+
+def after_fork(method: Callable[[], None]) -> None:
+    """Have a method of a store called in each process that is forked from this one, for as long as the store lives.
+
+    The child has one thread: it must give up the connections of the parent, and locks that another thread held.
+    """
+    _fork_hooks[:] = [hook for hook in _fork_hooks if hook() is not None]
+    _fork_hooks.append(weakref.WeakMethod(method))
+
+
+def _run_fork_hooks() -> None:
+    for hook in _fork_hooks:
+        method = hook()
+        if method is not None:
+            method()
+
+
+os.register_at_fork(after_in_child=_run_fork_hooks)
+
+
 def check_save(record: SessionRecord, expected: int) -> None:
     """Refuse what no store may save.
 
-    Raises ``ValueError`` for a malformed id, a version that does not follow, or a new session outside of the shard of
-    its user, where the index of the user's sessions is.
+    Raises ``ValueError`` for a malformed id, a version that does not follow, a user, tenant or reason that not every
+    database can keep, or a new session outside of the shard of its user, where the index of the user's sessions is.
     """
     if not is_session_id(record.id):
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
     if record.version != expected + 1:
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
+    for name in ("user_id", "tenant_id", "end_reason"):
+        _check_name(name, getattr(record, name))
     if expected == 0 and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
         raise ValueError(f"session {record.id} is not in the shard of its user, {shard_of(record.user_id)}")
+
+
+def _check_name(field: str, value: str | None) -> None:
+    if value is not None and (len(value) > LONGEST_NAME or "\0" in value or not _is_unicode(value)):
+        raise ValueError(
+            f"{field} {value[:40]!r} cannot be stored: at most {LONGEST_NAME} characters of Unicode, without NUL"
+        )
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def conflict(session_id: str, expected: int) -> SessionConflict:

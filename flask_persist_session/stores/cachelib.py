@@ -8,22 +8,38 @@ the two. For sessions of several processes prefer the other stores.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cachelib import BaseCache, NullCache, SimpleCache
 
-from ..exceptions import ConfigError, SerializationError, StoreError
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
-from .base import SessionStore, cannot_list, check_save, conflict
+from .base import SessionStore, after_fork, cannot_list, check_save, conflict
 
 log = logging.getLogger("flask_persist_session")
 
 #: How much later than ``expires_at`` an entry's own time to live ends, in seconds.
 _MARGIN = 86400
 _LOCKS = 64
+#: What the drivers of cachelib's caches raise; looked up among the modules that are loaded anyway.
+_DRIVER_ERRORS = (
+    ("redis", "RedisError"),
+    ("pymongo.errors", "PyMongoError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("pylibmc", "Error"),
+    ("pymemcache.exceptions", "MemcacheError"),
+)
+
+
+def _driver_errors() -> list[type[Exception]]:
+    loaded = ((sys.modules.get(module), name) for module, name in _DRIVER_ERRORS)
+    return [getattr(module, name) for module, name in loaded if module is not None]
 
 
 class CachelibStore(SessionStore):
@@ -37,7 +53,8 @@ class CachelibStore(SessionStore):
     def __init__(self, cache: BaseCache, namespace: str = "web") -> None:
         self._cache = cache
         self._prefix = f"persist:{namespace}:"
-        self._locks = [threading.RLock() for _ in range(_LOCKS)]
+        self._renew_locks()
+        after_fork(self._renew_locks)
         # The dict of a SimpleCache is out of reach for other processes, so the lock covers every writer.
         self.atomic = isinstance(cache, SimpleCache)
 
@@ -49,7 +66,7 @@ class CachelibStore(SessionStore):
         """
         if not isinstance(cache, BaseCache) or isinstance(cache, NullCache):
             raise ConfigError(
-                f"PERSIST_SESSION_STORE is a {type(cache).__name__}; allowed is a URL, a SessionStore or a cachelib "
+                f"{cache!r:.80} ({type(cache).__name__}) is no store; allowed is a URL, a SessionStore or a cachelib "
                 "cache that keeps what it is given"
             )
         store = cls(cache, namespace)
@@ -64,7 +81,8 @@ class CachelibStore(SessionStore):
     def get(self, session_id: str) -> SessionRecord | None:
         if not is_session_id(session_id):
             return None
-        packed = self._cache.get(self._prefix + session_id)
+        with self._errors():
+            packed = self._cache.get(self._prefix + session_id)
         if packed is None:
             return None
         if not isinstance(packed, bytes):
@@ -77,7 +95,7 @@ class CachelibStore(SessionStore):
         # From the record's own times, so that a clock other than the cache's does no harm.
         lifetime = int(max(0.0, record.expires_at - record.accessed_at)) + _MARGIN
         key = self._prefix + record.id
-        with self._lock(record.id):
+        with self._lock(record.id), self._errors():
             if expected == 0:
                 # The one step that most caches do as a whole; a refusal means that the id is taken.
                 if not self._cache.add(key, packed, lifetime):
@@ -91,7 +109,7 @@ class CachelibStore(SessionStore):
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         if not is_session_id(session_id):
             return False
-        with self._lock(session_id):
+        with self._lock(session_id), self._errors():
             if expected is not None and self._version(session_id) != expected:
                 return False
             there = self._cache.has(self._prefix + session_id)
@@ -100,8 +118,18 @@ class CachelibStore(SessionStore):
     def scan(self) -> Iterator[SessionRecord]:
         cannot_list(self, "a cachelib cache cannot enumerate its entries, and expires them itself")
 
-    def _lock(self, session_id: str) -> threading.RLock:
+    def _renew_locks(self) -> None:
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    def _lock(self, session_id: str) -> threading.Lock:
         return self._locks[int(session_id[-8:], 16) % _LOCKS]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, *_driver_errors()) as error:
+            raise StoreUnavailable(f"the {type(self._cache).__name__} failed: {error}") from error
 
     def _version(self, session_id: str) -> int | None:
         try:

@@ -26,7 +26,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cached_property
 from typing import NamedTuple
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
@@ -91,13 +90,17 @@ class FileStore(SessionStore):
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         frame = _frame(record.version, pack_record(record))
+        path = self._path(record.id)
         try:
-            with _Locked(self._path(record.id), create=expected == 0) as file:
+            file = _lock(path, create=expected == 0)
+            try:
                 if not file.has_version(expected):
                     raise conflict(record.id, expected)
                 if expected == 0:
                     self._index(record)
-                self._append(file, frame)
+                self._append(path, file, frame)
+            finally:
+                _unlock(file.handle)
         except OSError as error:
             raise _failure(error) from error
 
@@ -106,12 +109,15 @@ class FileStore(SessionStore):
             return False
         path = self._path(session_id)
         try:
-            with _Locked(path, create=False) as file:
-                if not file.exists or (expected is not None and not file.has_version(expected)):
+            file = _lock(path, create=False)
+            try:
+                if file.handle == _NO_FILE or (expected is not None and not file.has_version(expected)):
                     return False
                 os.unlink(path)
                 self._unindex(file.last)
-                return file.corrupt or file.last is not None
+                return True
+            finally:
+                _unlock(file.handle)
         except OSError as error:
             raise _failure(error) from error
 
@@ -132,13 +138,16 @@ class FileStore(SessionStore):
         path = os.path.join(self._folder, "leases", name)
         holder = f"{os.getpid()}:{self._holder}"
         try:
-            with _Locked(path, create=True) as file:
-                until, _, present = os.pread(file.handle, 200, 0).decode().partition(" ")
+            handle, _ = _open_locked(path, os.O_RDWR | os.O_CREAT)
+            try:
+                until, _, present = os.pread(handle, 200, 0).decode().partition(" ")
                 if until and present != holder and time.time() < float(until):
                     return False
-                os.ftruncate(file.handle, 0)
-                _write(file.handle, f"{time.time() + seconds} {holder}".encode(), 0)
+                os.ftruncate(handle, 0)
+                _write(handle, f"{time.time() + seconds} {holder}".encode(), 0)
                 return seconds > 0
+            finally:
+                _unlock(handle)
         except OSError as error:
             raise _failure(error) from error
 
@@ -147,10 +156,10 @@ class FileStore(SessionStore):
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{_SUFFIX}"
 
-    def _append(self, file: _Locked, frame: bytes) -> None:
+    def _append(self, path: str, file: _File, frame: bytes) -> None:
         end = file.last.end if file.last else 0
         if end + len(frame) > max(_SMALLEST_REWRITE, _REWRITE_FACTOR * len(frame)):
-            self._rewrite(file.path, frame)
+            self._rewrite(path, frame)
             return
         if end < file.size:
             os.ftruncate(file.handle, end)  # what a writer left that was stopped in the middle
@@ -161,9 +170,11 @@ class FileStore(SessionStore):
         except OSError:
             # Half a frame would be cut off by the next save anyway; this gives back the room at once.
             os.ftruncate(file.handle, end)
+            if end == 0:
+                os.unlink(path)
             raise
         if self._fsync and end == 0:
-            _sync_directory(os.path.dirname(file.path))
+            _sync_directory(os.path.dirname(path))
 
     def _rewrite(self, path: str, frame: bytes) -> None:
         # Only the holder of the lock writes this name, so what it finds there was left by a crash.
@@ -217,7 +228,9 @@ class FileStore(SessionStore):
 
 # Frames ---------------------------------------------------------------------------------------------------------------
 
-_HEADER = struct.Struct("<IIQ")  # length of the record, CRC-32 of version and record, version
+_HEADER = struct.Struct("<IQII")  # length of the record, version, CRC-32 of these two, CRC-32 of the record
+_SIGNED = struct.Struct("<IQ")
+_CHECKSUMS = struct.Struct("<II")
 _TRAILER = struct.Struct("<I")  # length of the record
 _AROUND = _HEADER.size + _TRAILER.size
 
@@ -230,105 +243,106 @@ class _Frame(NamedTuple):
 
 
 def _frame(version: int, record: bytes) -> bytes:
-    return _HEADER.pack(len(record), _checksum(version, record), version) + record + _TRAILER.pack(len(record))
+    signed = _SIGNED.pack(len(record), version)
+    return signed + _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record)) + record + _TRAILER.pack(len(record))
 
 
-def _checksum(version: int, record: bytes) -> int:
-    return zlib.crc32(record, version & 0xFFFFFFFF)
-
-
-def _frame_at(content: bytes, start: int, length: int, offset: int) -> _Frame | None:
-    """The frame in *content*, which begins at *offset* in its file, if it is intact."""
-    end = start + length + _AROUND
-    if start < 0 or length == 0 or end > len(content):
+def _header_at(content: bytes, start: int) -> tuple[int, int, int] | None:
+    """Length, version and checksum of the record whose frame starts there, if its header is intact."""
+    if start < 0 or start + _HEADER.size > len(content):
         return None
-    written, checksum, version = _HEADER.unpack_from(content, start)
+    length, version, of_header, of_record = _HEADER.unpack_from(content, start)
+    intact = of_header == zlib.crc32(content[start : start + _SIGNED.size])
+    return (length, version, of_record) if intact else None
+
+
+def _frame_at(content: bytes, start: int, offset: int) -> _Frame | None:
+    """The frame that starts there in *content*, which begins at *offset* in its file, if it is intact."""
+    header = _header_at(content, start)
+    if header is None:
+        return None
+    length, version, checksum = header
+    end = start + length + _AROUND
     record = content[start + _HEADER.size : end - _TRAILER.size]
-    if written != length or checksum != _checksum(version, record):
+    if end > len(content) or checksum != zlib.crc32(record):
         return None
     return _Frame(version, record, offset + end)
 
 
 def _last_frame(handle: int, size: int) -> _Frame | None:
-    """The last intact frame of a file; ``None`` in a file whose first save was never finished.
-
-    Raises ``SerializationError`` if there are frames and none is intact.
-    """
-    for tail in (_TAIL, size):
-        offset = max(0, size - tail)
-        content = _read_range(handle, size - offset, offset)
-        if len(content) >= _AROUND:
-            (length,) = _TRAILER.unpack_from(content, len(content) - _TRAILER.size)
-            frame = _frame_at(content, len(content) - length - _AROUND, length, offset)
-            if frame is not None:
-                return frame
-    return _last_before_torn_tail(content)
+    """The last intact frame of a file, ``None`` if there is none."""
+    offset = max(0, size - _TAIL)
+    content = _read_range(handle, size - offset, offset)
+    if len(content) >= _AROUND:
+        (length,) = _TRAILER.unpack_from(content, len(content) - _TRAILER.size)
+        missing = length + _AROUND - len(content)
+        if 0 < missing <= offset:  # the frame is longer than the tail that was read
+            offset -= missing
+            content = _read_range(handle, missing, offset) + content
+        frame = _frame_at(content, len(content) - length - _AROUND, offset)
+        if frame is not None and frame.end == size:
+            return frame
+    return _last_before_torn_tail(_read_range(handle, size, 0))
 
 
 def _last_before_torn_tail(content: bytes) -> _Frame | None:
     last, start = None, 0
-    while start + _HEADER.size <= len(content):
-        (length, _, _) = _HEADER.unpack_from(content, start)
-        last = _frame_at(content, start, length, 0) or last
-        start += length + _AROUND
-    if last is None and 0 < start <= len(content):
-        raise SerializationError("the file has no intact frame")
+    while (header := _header_at(content, start)) is not None:
+        last = _frame_at(content, start, 0) or last
+        start += header[0] + _AROUND
     return last
 
 
-class _Locked:
-    """A session's file, locked for this thread alone while it is entered; it may not exist."""
+def _is_unfinished(content: bytes) -> bool:
+    """Whether a file ends within its first frame, as it does when its writer was stopped: nothing was ever saved."""
+    header = _header_at(content, 0)
+    return len(content) < _HEADER.size if header is None else len(content) < header[0] + _AROUND
 
-    def __init__(self, path: str, *, create: bool) -> None:
-        self.path = path
-        self.handle = -1
-        self.size = 0
-        self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
 
-    def __enter__(self) -> _Locked:
-        while True:
-            try:
-                self.handle = _open(self.path, self._flags)
-            except FileNotFoundError:
-                return self
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX)
-                found = os.fstat(self.handle)
-            except OSError:
-                os.close(self.handle)
-                raise
-            # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
-            if found.st_nlink:
-                self.size = found.st_size
-                return self
-            self.__exit__()
+class _File(NamedTuple):
+    """A session's file while it is locked for this thread alone."""
 
-    def __exit__(self, *error: object) -> None:
-        if self.exists:
-            # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
-            fcntl.flock(self.handle, fcntl.LOCK_UN)
-            os.close(self.handle)
-            self.handle = -1
-
-    @property
-    def exists(self) -> bool:
-        return self.handle != -1
-
-    @cached_property
-    def last(self) -> _Frame | None:
-        """The last intact frame; ``None`` as well if the file is corrupt."""
-        try:
-            return _last_frame(self.handle, self.size) if self.exists else None
-        except SerializationError:
-            self.corrupt = True
-            return None
-
-    corrupt = False
+    handle: int
+    """``_NO_FILE`` if there is none."""
+    size: int
+    last: _Frame | None
 
     def has_version(self, expected: int) -> bool:
-        """Whether the newest record is of version *expected*; 0: whether there is none."""
-        version = self.last.version if self.last else 0
-        return self.exists and version == expected and not self.corrupt
+        """Whether the newest record is of version *expected*; 0: whether there is none, not even a damaged one."""
+        if self.last is not None:
+            return self.last.version == expected
+        return self.handle != _NO_FILE and expected == 0 and _is_unfinished(_read_range(self.handle, self.size, 0))
+
+
+_NO_FILE = -1
+
+
+def _lock(path: str, *, create: bool) -> _File:
+    """Lock a session's file, made if need be with *create*, until ``_unlock``."""
+    try:
+        handle, size = _open_locked(path, os.O_RDWR | (os.O_CREAT if create else 0))
+    except FileNotFoundError:
+        return _File(_NO_FILE, 0, None)
+    return _File(handle, size, _last_frame(handle, size))
+
+
+def _open_locked(path: str, flags: int) -> tuple[int, int]:
+    """Open and lock a file; returns its handle and size."""
+    while True:
+        handle = _open(path, flags)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        found = os.fstat(handle)
+        # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
+        if found.st_nlink:
+            return handle, found.st_size
+        _unlock(handle)
+
+
+def _unlock(handle: int) -> None:
+    if handle != _NO_FILE:
+        # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 # Calls of the operating system ----------------------------------------------------------------------------------------
@@ -358,18 +372,34 @@ def _make_directory(path: str) -> None:
         return
     except FileNotFoundError:
         _make_directory(os.path.dirname(path))
-        _make_directory(path)
+        os.mkdir(path, 0o700)
 
 
 def _read(path: str) -> _Frame | None:
+    """The last intact frame of a session's file; ``None`` if there is no file.
+
+    Raises ``SerializationError`` if there is a file without an intact frame.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        return _last_frame(handle, os.fstat(handle).st_size)
+        frame = _last_frame(handle, os.fstat(handle).st_size)
     finally:
         os.close(handle)
+    return frame or _read_locked(path)
+
+
+def _read_locked(path: str) -> _Frame | None:
+    """The same once nobody writes any more: a file without an intact frame may be about to get its first."""
+    file = _lock(path, create=False)
+    try:
+        if file.handle != _NO_FILE and file.last is None:
+            raise SerializationError(f"the file {path} has no intact frame")
+        return file.last
+    finally:
+        _unlock(file.handle)
 
 
 def _read_range(handle: int, size: int, offset: int) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..exceptions import ConfigError
 from ..records import SessionRecord
 from . import Location
-from .base import SessionStore, check_save, conflict
+from .base import SessionStore, after_fork, check_save, conflict
 
 
 def open_location(location: Location, namespace: str) -> MemoryStore:
@@ -26,6 +26,10 @@ class MemoryStore(SessionStore):
 
     def __init__(self) -> None:
         self._records: dict[str, SessionRecord] = {}
+        self._renew_lock()
+        after_fork(self._renew_lock)
+
+    def _renew_lock(self) -> None:
         self._lock = threading.Lock()
 
     def get(self, session_id: str) -> SessionRecord | None:

@@ -1,9 +1,10 @@
 """Sessions in Redis 6.2 or later, or any server that speaks like it (Valkey).
 
-A session is a hash. Each shard has a sorted set of its sessions by expiry, each user one by creation; one Lua script per
-write keeps the three together. The shard is the hash tag, so on a cluster they share a slot::
+A session is a hash of its record and of what the scripts need of it. Each shard has a sorted set of its sessions by
+expiry, each user one by creation; one Lua script per write keeps the three together. The shard is the hash tag, so on a
+cluster they share a slot::
 
-    persist:web:{3fa}:s:3fa09c…    hash of the session
+    persist:web:{3fa}:s:3fa09c…    hash of the session: record, version, expires_at, user_id
     persist:web:{3fa}:expiry       session ids by expires_at
     persist:web:{3fa}:u:…          session ids of one user by created_at
     persist:web:lease:sweep        a lease
@@ -19,7 +20,6 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 from urllib.parse import urlunsplit
@@ -30,14 +30,16 @@ from redis.retry import Retry
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import Change, Deletion, SessionQuery, SessionRecord, is_session_id
-from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
+from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
-from . import Location, seconds
+from . import Location, count, seconds
 from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
 _MARGIN = 7 * 86400
 _PAGE = 200
+#: What a server answers, also from within a script, that may be otherwise soon.
+_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN")
 _SHARDS_AT_ONCE = 128
 
 
@@ -54,7 +56,7 @@ def open_location(location: Location, namespace: str) -> RedisStore:
         "timeout": seconds,
         "prefix": str,
         "db": int,
-        "max_connections": int,
+        "max_connections": count,
         **dict.fromkeys(tls, str),
     }
     options = location.read_options(**readers)
@@ -90,14 +92,16 @@ class RedisStore(SessionStore):
     # The contract -----------------------------------------------------------------------------------------------------
 
     def get(self, session_id: str) -> SessionRecord | None:
+        if not is_session_id(session_id):
+            return None
         with self._errors():
             try:
-                found = self._client.execute_command("HGETALL", self._key(session_id))
+                packed = self._client.execute_command("HGET", self._key(session_id), "record")
             except redis.ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 raise SerializationError("the key does not hold a hash") from error
-        return _record(found) if found else None
+        return None if packed is None else unpack_record(packed)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
@@ -117,7 +121,7 @@ class RedisStore(SessionStore):
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         if query.ids is not None:
-            records = self._records(sorted(query.ids), self._expiry_key_of)
+            records = self._records(filter(is_session_id, sorted(query.ids)), self._expiry_key_of)
         elif query.user_id is not None:
             index = self._user_key(shard_of(query.user_id), query.user_id)
             records = self._records(self._ids_of_user(index), lambda _: index)
@@ -163,12 +167,12 @@ class RedisStore(SessionStore):
     def _save_arguments(self, record: SessionRecord, expected: int) -> tuple[Any, ...]:
         shard = record.id[:3]
         # From the record's own times, so that a clock other than the server's does no harm.
-        lifetime = max(0.0, record.expires_at - record.accessed_at) + _MARGIN
-        keys = [self._key(record.id), self._expiry_key(shard)]
-        if record.user_id is not None:
-            keys.append(self._user_key(shard, record.user_id))
-        times = round(lifetime * 1000), record.expires_at, record.created_at
-        return (len(keys), *keys, expected, *times, record.id, *_fields(record))
+        lifetime = round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
+        common = (expected, record.version, record.expires_at, pack_record(record), lifetime, record.id)
+        if record.user_id is None:
+            return (2, self._key(record.id), self._expiry_key(shard), *common)
+        keys = self._key(record.id), self._expiry_key(shard), self._user_key(shard, record.user_id)
+        return (3, *keys, *common, record.user_id, record.created_at)
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         shard = session_id[:3]
@@ -197,16 +201,16 @@ class RedisStore(SessionStore):
         while page := list(islice(ids, _PAGE)):
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
                 for session_id in page:
-                    pipeline.hgetall(self._key(session_id))
+                    pipeline.hget(self._key(session_id), "record")
                 answers = pipeline.execute(raise_on_error=False)
-            for session_id, found in zip(page, answers, strict=True):
-                if not found:
+            for session_id, packed in zip(page, answers, strict=True):
+                if packed is None:
                     # The key's own time to live took it, which no script notices. The index follows now.
                     with self._errors():
                         self._run(_PRUNE, (2, self._key(session_id), index_of(session_id), session_id))
                     continue
                 try:
-                    yield _record(found)
+                    yield unpack_record(packed)
                 except SerializationError as error:
                     log_unreadable(session_id, error)
 
@@ -236,6 +240,8 @@ class RedisStore(SessionStore):
         except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
             raise StoreUnavailable(f"{self._name} cannot be reached: {error}") from error
         except redis.RedisError as error:
+            if any(word in str(error) for word in _PASSING):
+                raise StoreUnavailable(f"{self._name} cannot serve at the moment: {error}") from error
             raise StoreError(f"{self._name} failed: {error}") from error
 
 
@@ -246,24 +252,28 @@ class _Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, time to live in milliseconds,
-# expires_at, created_at, id, fields and values.
+# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, new version, expires_at, record,
+# time to live in milliseconds, id; and with a user: user id, created_at. Most saves leave the expiry as it is, and then
+# nothing but the hash is touched.
 _SAVE = _Script("""
-local stored = redis.pcall('HGET', KEYS[1], 'version')
-if type(stored) == 'table' or (stored or '0') ~= ARGV[1] then
+local stored = redis.pcall('HMGET', KEYS[1], 'version', 'expires_at')
+if stored.err or (stored[1] or '0') ~= ARGV[1] then
   return 0
 end
-if not stored and redis.call('EXISTS', KEYS[1]) == 1 then
-  return 0
+if stored[2] == ARGV[3] then
+  redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[4])
+  return 1
 end
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 6))
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[5])
+redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[4], 'expires_at', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[6])
 if KEYS[3] then
-  redis.call('ZADD', KEYS[3], ARGV[4], ARGV[5])
-  if redis.call('PTTL', KEYS[3]) < tonumber(ARGV[2]) then
-    redis.call('PEXPIRE', KEYS[3], ARGV[2])
+  redis.call('HSET', KEYS[1], 'user_id', ARGV[7])
+  redis.call('ZADD', KEYS[3], ARGV[8], ARGV[6])
+end
+for index = 2, #KEYS do
+  if redis.call('PTTL', KEYS[index]) < tonumber(ARGV[5]) then
+    redis.call('PEXPIRE', KEYS[index], ARGV[5])
   end
 end
 return 1
@@ -305,39 +315,6 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)
-
-
-# Hashes ---------------------------------------------------------------------------------------------------------------
-
-_NUMBERS = {"created_at": float, "accessed_at": float, "expires_at": float, "ended_at": float, "version": int}
-_NAMES = tuple(field.name for field in fields(SessionRecord))
-_TAGS, _METADATA = _NAMES.index("tags"), _NAMES.index("metadata")
-_KEYS = tuple(name.encode() for name in _NAMES)
-
-
-def _fields(record: SessionRecord) -> list[Any]:
-    """Names and values of the hash; what is ``None`` is left out."""
-    values = [getattr(record, name) for name in _NAMES]
-    values[_TAGS], values[_METADATA] = dump_tags(record.tags), dump_metadata(record.metadata)
-    return [part for pair in zip(_NAMES, values, strict=True) if pair[1] is not None for part in pair]
-
-
-def _record(found: Any) -> SessionRecord:
-    try:
-        values = [found.get(key) for key in _KEYS]
-        return record_of(*(_value(name, value) for name, value in zip(_NAMES, values, strict=True)))
-    except DAMAGED as error:
-        raise SerializationError(f"the hash is damaged: {error}") from error
-
-
-def _value(name: str, value: bytes | None) -> Any:
-    if value is None:
-        if name in ("user_id", "tenant_id", "ended_at", "end_reason"):
-            return None
-        raise ValueError(f"{name} is missing")
-    if name == "data":
-        return value
-    return _NUMBERS[name](value) if name in _NUMBERS else value.decode()
 
 
 def _bounds(query: SessionQuery) -> tuple[str, str]:

@@ -10,129 +10,64 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from importlib.util import find_spec
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
-from urllib.parse import unquote
 
 import peewee as pw
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
-from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
+from ..exceptions import SerializationError, StoreError, StoreUnavailable
+from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
-from . import Location, seconds
-from .base import FIXED_FIELDS, SessionStore, check_save, conflict, log_unreadable
+from . import Location
+from .base import FIXED_FIELDS, SessionStore, after_fork, check_save, conflict, log_unreadable, order_and_cut
+from .databases import Connect, close_quietly, inherited, open_postgresql, open_sqlite
 
 SCHEMA_VERSION = 1
 _PAGE = 500
 _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 
-#: Connections that a process inherited by being forked. They belong to the parent: using or even closing one here
-#: would disturb it, so they are kept from being collected.
-_inherited: list[object] = []
-
 
 def open_location(location: Location, namespace: str) -> SQLStore:
     """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``postgresql://user:password@host:port/name``.
 
-    Options: ``timeout`` (seconds to wait for a lock or a connection, 5), and for SQLite ``synchronous`` (``normal``;
-    ``full`` makes each save survive a power cut).
+    Options: ``timeout`` (seconds to wait for a lock, a connection or an answer, 5); for SQLite ``synchronous``
+    (``normal``; ``full`` makes each save survive a power cut); for PostgreSQL ``host`` (a directory of sockets),
+    ``sslmode`` and ``sslrootcert``.
     """
-    if location.scheme == "sqlite":
-        return _open_sqlite(location, namespace)
-    return _open_postgresql(location, namespace)
-
-
-def _open_sqlite(location: Location, namespace: str) -> SQLStore:
-    name = location.url.path.removeprefix("/")
-    if location.url.netloc or name in ("", ":memory:"):
-        raise ConfigError(
-            f"{location} names no file; write sqlite:///relative.db or sqlite:////absolute.db, or memory:// to keep "
-            "sessions in memory"
-        )
-    options = {"timeout": 5.0, "synchronous": "normal"}
-    options |= location.read_options(timeout=seconds, synchronous=_synchronous)
-    path = location.path(name)
-    _check_file(path)
-    pragmas = {"journal_mode": "wal", "synchronous": options["synchronous"]}
-
-    def connect() -> pw.Database:
-        return pw.SqliteDatabase(path, pragmas=pragmas, timeout=options["timeout"], lock_type="IMMEDIATE")
-
-    return SQLStore(connect, namespace, name=f"the SQLite database {path}")
-
-
-def _synchronous(text: str) -> str:
-    if text not in ("off", "normal", "full", "extra"):
-        raise ValueError("allowed is off, normal, full or extra")
-    return text
-
-
-def _check_file(path: str) -> None:
-    folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        # SQLite would make it readable for everybody; its -wal and -shm files get the mode of this one.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise ConfigError(f"the session database {path} cannot be written: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"the directory of the session database {path} cannot be written, SQLite needs that")
-
-
-def _open_postgresql(location: Location, namespace: str) -> SQLStore:
-    if _psycopg_is_missing():
-        raise ConfigError(f"{location} needs psycopg: pip install 'flask-persist-session[postgresql]'")
-    url, name = location.url, unquote(location.url.path.removeprefix("/"))
-    if not name:
-        raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
-    options = {"host": url.hostname} | location.read_options(timeout=seconds, host=str, sslmode=str, sslrootcert=str)
-    wait = float(options.pop("timeout", 5.0))
-    parameters = {
-        **options,
-        "port": url.port,
-        "user": unquote(url.username) if url.username else None,
-        "password": unquote(url.password) if url.password else None,
-        "connect_timeout": max(1, round(wait)),
-        "tcp_user_timeout": round(wait * 1000),
-        "options": f"-c statement_timeout={round(wait * 1000)}",
-    }
-
-    def connect() -> pw.Database:
-        given = {key: value for key, value in parameters.items() if value is not None}
-        return pw.PostgresqlDatabase(name, prefer_psycopg3=True, **given)
-
-    return SQLStore(connect, namespace, name=f"the PostgreSQL database {location}")
-
-
-def _psycopg_is_missing() -> bool:
-    return find_spec("psycopg") is None
+    name, connect, patience = (open_sqlite if location.scheme == "sqlite" else open_postgresql)(location)
+    return SQLStore(connect, namespace, name=name, patience=patience)
 
 
 class SQLStore(SessionStore):
     """Keeps records as rows of a table.
 
-    :param connect: makes a peewee database object, not connected yet; called again after a fork.
+    :param connect: makes a database object, not connected yet; called again after a fork.
     :param namespace: part of the table's name.
     :param name: what messages call the database.
+    :param patience: seconds to wait for other processes that set up the database.
     """
 
-    def __init__(self, connect: Callable[[], pw.Database], namespace: str = "web", *, name: str = "the database") -> None:
+    def __init__(
+        self, connect: Connect, namespace: str = "web", *, name: str = "the database", patience: float = 5.0
+    ) -> None:
         self._connect = connect
+        self._patience = patience
         self._name = name
         self._namespace = namespace
         self._holder = secrets.token_hex(16)
-        self._lock = threading.Lock()
         self._open_database()
+        after_fork(self._leave_to_parent)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}")
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
 
     def get(self, session_id: str) -> SessionRecord | None:
+        if not is_session_id(session_id):
+            return None
         try:
             row = self._row(session_id)
         except pw.PeeweeException as error:
@@ -153,12 +88,14 @@ class SQLStore(SessionStore):
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         with self._using() as database:
-            return self._remove(database, session_id, expected)
+            return self._remove(database, Deletion(id=session_id, expected=expected))
 
     def scan(self) -> Iterator[SessionRecord]:
         return self.find(SessionQuery())
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        if query.ids is not None and len(query.ids) > _PAGE:
+            return order_and_cut(self._in_parts(query, sorted(query.ids)), query)
         # What the database cannot judge is judged on what it yields; then it cannot cut either.
         rest = _without_what_sql_judges(query)
         if rest is None:
@@ -167,7 +104,7 @@ class SQLStore(SessionStore):
         return islice(matching, query.offset, None if query.limit is None else query.offset + query.limit)
 
     def count(self, query: SessionQuery) -> int:
-        if _without_what_sql_judges(query) is not None:
+        if _without_what_sql_judges(query) is not None or (query.ids is not None and len(query.ids) > _PAGE):
             return super().count(query)
         with self._using() as database:
             found = self._model.select(pw.fn.COUNT(pw.SQL("*"))).where(*self._conditions(query)).scalar(database)
@@ -209,7 +146,7 @@ class SQLStore(SessionStore):
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         with self._using() as database, database.atomic():
-            return [self._remove(database, deletion.id, deletion.expected) for deletion in deletions]
+            return [self._remove(database, deletion) for deletion in deletions]
 
     def lease(self, name: str, seconds: float) -> bool:
         leases, now = self._leases, time.time()
@@ -222,11 +159,11 @@ class SQLStore(SessionStore):
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
     def close(self) -> None:
-        try:
-            if self._process == os.getpid() and not self._database.is_closed():
-                self._database.close()
-        except pw.PeeweeException as error:
-            raise self._failure(error) from error
+        # Other threads find a database that is not connected, and connect anew.
+        connections = self._database.connections
+        self._open_database()
+        while connections:
+            close_quietly(connections.pop())
 
     # One row ----------------------------------------------------------------------------------------------------------
 
@@ -240,12 +177,12 @@ class SQLStore(SessionStore):
         statement = self._insert if expected == 0 else self._update
         return bool(database.execute_sql(*statement(_values(record, expected))).rowcount)
 
-    def _remove(self, database: pw.Database, session_id: str, expected: int | None) -> bool:
-        if expected is None:
-            statement = self._delete({"id": session_id})
-        else:
-            statement = self._delete_version({"id": session_id, "expected": expected})
-        return bool(database.execute_sql(*statement).rowcount)
+    def _remove(self, database: pw.Database, deletion: Deletion) -> bool:
+        if not is_session_id(deletion.id):
+            return False
+        statement = self._delete if deletion.expected is None else self._delete_version
+        values = {"id": deletion.id, "expected": deletion.expected}
+        return bool(database.execute_sql(*statement(values)).rowcount)
 
     def _compile(self) -> tuple[_Statement, ...]:
         """The hot statements. peewee needs several times as long to build one as SQLite needs to run it."""
@@ -269,7 +206,7 @@ class SQLStore(SessionStore):
         model = self._model
         conditions: list[Any] = [pw.SQL("1 = 1")]
         if query.ids is not None:
-            conditions.append(model.id.in_(sorted(query.ids)))
+            conditions.append(model.id.in_([session_id for session_id in sorted(query.ids) if is_session_id(session_id)]))
         for name in ("user_id", "tenant_id"):
             if getattr(query, name) is not None:
                 conditions.append(getattr(model, name) == getattr(query, name))
@@ -284,6 +221,12 @@ class SQLStore(SessionStore):
             live = model.expires_at > query.now
             conditions += [model.ended_at.is_null(), live if query.state == "active" else ~live]
         return conditions
+
+    def _in_parts(self, query: SessionQuery, ids: list[str]) -> Iterator[SessionRecord]:
+        """What *query* finds, unordered and uncut; a database takes only so many parameters at once."""
+        for start in range(0, len(ids), _PAGE):
+            part = frozenset(ids[start : start + _PAGE])
+            yield from self.find(replace(query, ids=part, order_by=None, offset=0, limit=None))
 
     def _pages(self, query: SessionQuery, offset: int, limit: int | None) -> Iterator[SessionRecord]:
         """The rows page by page, each starting after the last one, so that no cursor and no snapshot is held open."""
@@ -303,29 +246,26 @@ class SQLStore(SessionStore):
                 page = page.where(here < there if descending else here > there)
             with self._using() as database:
                 found = list(page.tuples().execute(database))
-            for row in found:
-                try:
-                    yield _record(row)
-                except SerializationError as error:
-                    log_unreadable(row[0], error)
+            records = list(_readable(found))
+            yield from records
             if len(found) < size:
                 return
             after = [found[-1][_COLUMNS.index(key.name)] for key in keys]
-            limit = None if limit is None else limit - size
+            limit = None if limit is None else limit - len(records)
 
     # Connections and schema -------------------------------------------------------------------------------------------
 
     def _open_database(self) -> None:
         self._database = self._connect()
-        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._ready = False
 
+    def _leave_to_parent(self) -> None:
+        inherited.append(self._database)
+        self._open_database()
+
     def _ready_database(self) -> pw.Database:
-        """The database of this process, with its tables."""
-        if self._process != os.getpid():
-            _inherited.append(self._database)
-            self._lock = threading.Lock()  # another thread of the parent may have held it
-            self._open_database()
+        """The database, with its tables."""
         if not self._ready:
             self._prepare()
         return self._database
@@ -354,10 +294,22 @@ class SQLStore(SessionStore):
     def _prepare(self) -> None:
         with self._lock:
             if not self._ready:
-                _wait_for_wal(self._database)
+                self._connect_in_turn()
                 with self._database.atomic():
                     self._make_tables()
                 self._ready = True
+
+    def _connect_in_turn(self) -> None:
+        """Connect; SQLite does not wait for a lock when it changes to WAL, as the first of several processes does."""
+        start = time.monotonic()
+        while True:
+            try:
+                self._database.connect(reuse_if_open=True)
+                return
+            except pw.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > start + self._patience:
+                    raise
+                time.sleep(0.02)
 
     def _make_tables(self) -> None:
         database, table = self._database, self._model._meta.table_name
@@ -370,7 +322,9 @@ class SQLStore(SessionStore):
         if missing:
             if isinstance(database, pw.PostgresqlDatabase):
                 # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
-                database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,))
+                database.execute_sql(  # type: ignore[no-untyped-call]
+                    "SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,)
+                )
             for model in missing:
                 with model.bind_ctx(database):
                     model.create_table(safe=True)
@@ -395,14 +349,17 @@ def _models(table: str) -> tuple[Any, Any, Any]:
         data = pw.BlobField()
         created_at = pw.DoubleField()
         accessed_at = pw.DoubleField()
-        expires_at = pw.DoubleField(index=True)
+        expires_at = pw.DoubleField()
         ended_at = pw.DoubleField(null=True)
         end_reason = pw.TextField(null=True)
         version = pw.BigIntegerField()
 
         class Meta:
             table_name = table
-            indexes = ((("user_id", "created_at"), False),)
+
+    # Named after the table: peewee would name them after the class, alike for all namespaces.
+    Session.add_index(pw.ModelIndex(Session, [Session.expires_at], name=f"{table}_expiry"))
+    Session.add_index(pw.ModelIndex(Session, [Session.user_id, Session.created_at], name=f"{table}_user"))
 
     class Lease(pw.Model):
         name = pw.TextField(primary_key=True)
@@ -423,6 +380,14 @@ def _models(table: str) -> tuple[Any, Any, Any]:
 
 
 # Statements and rows --------------------------------------------------------------------------------------------------
+
+
+def _readable(rows: Iterable[Sequence[Any]]) -> Iterator[SessionRecord]:
+    for row in rows:
+        try:
+            yield _record(row)
+        except SerializationError as error:
+            log_unreadable(row[0], error)
 
 
 class _Placeholder(str):
@@ -487,15 +452,3 @@ def _will_pass(error: pw.PeeweeException) -> bool:
     text = str(error)
     lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
     return isinstance(error, pw.OperationalError) and not any(word in text for word in lasting)
-
-
-def _wait_for_wal(database: pw.Database) -> None:
-    """Connect; SQLite does not wait for a lock when it changes to WAL, as the first of several processes does."""
-    for pause in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 0.0):
-        try:
-            database.connect(reuse_if_open=True)
-            return
-        except pw.OperationalError as error:
-            if not pause or "locked" not in str(error):
-                raise
-            time.sleep(pause)

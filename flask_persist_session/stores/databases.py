@@ -1,0 +1,166 @@
+"""The SQL databases and their connections: SQLite, and PostgreSQL with psycopg, both through peewee.
+
+Every thread has a connection of its own, which is closed when the thread ends.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import unquote
+
+import peewee as pw
+
+from ..exceptions import ConfigError
+from . import Location, seconds
+
+#: Makes a database object that is not connected yet.
+Connect = Callable[[], "PerThread"]
+
+#: Connections that a process inherited by being forked. They belong to the parent: using or even closing one here
+#: would disturb it, so they are kept from being collected.
+inherited: list[object] = []
+
+
+_translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
+
+
+class _Closer:
+    """Closes a connection when the thread that keeps it has ended; the drivers only warn that it was left open."""
+
+    def __init__(self, connection: Any, connections: set[Any]) -> None:
+        self._connection = connection
+        self._connections = connections
+        self._process = os.getpid()
+
+    def __del__(self) -> None:
+        if self._process != os.getpid():
+            inherited.append(self._connection)
+        elif self._connection in self._connections:
+            self._connections.discard(self._connection)
+            close_quietly(self._connection)
+
+
+def close_quietly(connection: Any) -> None:
+    """Close a connection that nobody needs any more, be it broken or not."""
+    with suppress(pw.PeeweeException), _translated:
+        connection.close()
+
+
+class PerThread(pw.Database):
+    """A database that knows the connections of all its threads."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.connections: set[Any] = set()
+        self._own = threading.local()
+        super().__init__(*arguments, **options)
+
+    def _connect(self) -> Any:
+        connection = super()._connect()  # type: ignore[misc]
+        self.connections.add(connection)
+        self._own.closer = _Closer(connection, self.connections)
+        return connection
+
+    def _close(self, connection: Any) -> None:
+        self.connections.discard(connection)
+        super()._close(connection)  # type: ignore[misc]
+
+
+class _SQLite(PerThread, pw.SqliteDatabase):
+    pass
+
+
+class _Adapter(pw.Psycopg3Adapter):
+    """Connections of psycopg that wait for an answer so many seconds and no longer.
+
+    The server's own ``statement_timeout`` does not help where the server itself hangs.
+    """
+
+    def connect(self, db: pw.Database, **parameters: Any) -> Any:
+        import psycopg
+
+        bound = parameters.pop("bound")
+
+        class Bounded(psycopg.Connection[Any]):
+            def wait(self, *arguments: Any, **options: Any) -> Any:
+                return super().wait(*arguments, **{"timeout": bound} | options)
+
+        return Bounded.connect(dbname=db.database, **parameters)
+
+
+class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
+    psycopg3_adapter = _Adapter
+
+
+def open_sqlite(location: Location) -> tuple[str, Connect, float]:
+    """For a ``sqlite:`` URL: what messages call the database, how to connect to it, how many seconds to wait for it.
+
+    Raises ``ConfigError``.
+    """
+    name = location.url.path.removeprefix("/")
+    if location.url.netloc or name in ("", ":memory:"):
+        raise ConfigError(
+            f"{location} names no file; write sqlite:///relative.db or sqlite:////absolute.db, or memory:// to keep "
+            "sessions in memory"
+        )
+    options: dict[str, Any] = {"timeout": 5.0, "synchronous": "normal"}
+    options |= location.read_options(timeout=seconds, synchronous=_synchronous)
+    path = location.path(name)
+    _check_file(path)
+    pragmas = {"journal_mode": "wal", "synchronous": options["synchronous"]}
+
+    def connect() -> PerThread:
+        # The closing of a connection may happen in another thread; each is used by its own alone.
+        return _SQLite(path, pragmas=pragmas, timeout=options["timeout"], lock_type="IMMEDIATE", check_same_thread=False)
+
+    return f"the SQLite database {path}", connect, options["timeout"]
+
+
+def _synchronous(text: str) -> str:
+    if text not in ("off", "normal", "full", "extra"):
+        raise ValueError("allowed is off, normal, full or extra")
+    return text
+
+
+def _check_file(path: str) -> None:
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # SQLite would make it readable for everybody; its -wal and -shm files get the mode of this one.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise ConfigError(f"the session database {path} cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"the directory of the session database {path} cannot be written, SQLite needs that")
+
+
+def open_postgresql(location: Location) -> tuple[str, Connect, float]:
+    """The same for a ``postgresql:`` URL. Raises ``ConfigError``, also where psycopg is not installed."""
+    if find_spec("psycopg") is None:
+        raise ConfigError(f"{location} needs psycopg: pip install 'flask-persist-session[postgresql]'")
+    url, name = location.url, unquote(location.url.path.removeprefix("/"))
+    if not name:
+        raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
+    options: dict[str, Any] = {"host": url.hostname} | location.read_options(
+        timeout=seconds, host=str, sslmode=str, sslrootcert=str
+    )
+    wait = float(options.pop("timeout", 5.0))
+    parameters = {
+        **options,
+        "port": url.port,
+        "user": unquote(url.username) if url.username else None,
+        "password": unquote(url.password) if url.password else None,
+        "connect_timeout": max(1, round(wait)),
+        "options": f"-c statement_timeout={round(wait * 1000)}",
+        "bound": wait + 1,
+    }
+    given = {key: value for key, value in parameters.items() if value is not None}
+
+    def connect() -> PerThread:
+        return _PostgreSQL(name, prefer_psycopg3=True, **given)
+
+    return f"the PostgreSQL database {location}", connect, wait
