@@ -39,7 +39,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from .exceptions import PersistSessionError, SessionConflict, UnsupportedByStore
 from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
-from .stores.base import FIXED_FIELDS, SessionStore
+from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore
 from .tokens import SHARDS, shard_of
 
 #: How long a race may take before it counts as hung, in seconds.
@@ -117,8 +117,8 @@ ODD_FIELDS: dict[str, dict[str, Any]] = {
     "newlines": {"user_id": "\n\r\t", "tenant_id": " a\n\nb ", "tags": frozenset({"a\nb", " "})},
     "braces": {"user_id": "{3fa}", "tenant_id": "}{", "tags": frozenset({"{}", "[]"})},
     "paths": {"user_id": "../../x", "tenant_id": "/", "tags": frozenset({".", ".."})},
-    "very long user id": {"user_id": _LONG},
-    "very long tenant id": {"tenant_id": _LONG},
+    "very long user id": {"user_id": _LONG[:LONGEST_NAME]},
+    "very long tenant id": {"tenant_id": _LONG[:LONGEST_NAME]},
     "number as text": {"user_id": "007", "tenant_id": "1e3"},
     "no tags": {"tags": frozenset()},
     "the empty tag": {"tags": frozenset({""})},
@@ -482,6 +482,14 @@ class SessionStoreContract:
             assert store.get(record.id) is None
         else:
             assert store.get(record.id) == record
+
+    @pytest.mark.parametrize("text", [_LONG[: LONGEST_NAME + 1], "a\0b", "\ud800"], ids=["long", "NUL", "half a pair"])
+    @pytest.mark.parametrize("field", ["user_id", "tenant_id", "end_reason"])
+    def test_save_refuses_names_that_not_every_store_keeps(self, store: SessionStore, field: str, text: str) -> None:
+        """A user, tenant or reason that is too long or no text for a database is a ``ValueError`` that names it."""
+        fields: dict[str, Any] = {field: text}
+        with pytest.raises(ValueError, match=field):
+            store.save(make_record(**fields), expected=0)
 
     def test_records_are_copies(self, store: SessionStore) -> None:
         """Changing the metadata that was saved or read changes nothing stored: ``save`` is the only way to write."""

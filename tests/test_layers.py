@@ -41,7 +41,7 @@ SIBLINGS = {
     ("cli", "extension"),
 }
 DRIVERS = {
-    "peewee": {"stores.sql"},
+    "peewee": {"stores.sql", "stores.databases"},
     "redis": {"stores.redis"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},

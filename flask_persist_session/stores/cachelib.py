@@ -37,9 +37,9 @@ _DRIVER_ERRORS = (
 )
 
 
-def _driver_errors() -> list[type[Exception]]:
+def _driver_errors() -> tuple[type[Exception], ...]:
     loaded = ((sys.modules.get(module), name) for module, name in _DRIVER_ERRORS)
-    return [getattr(module, name) for module, name in loaded if module is not None]
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 class CachelibStore(SessionStore):
@@ -128,7 +128,7 @@ class CachelibStore(SessionStore):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, *_driver_errors()) as error:
+        except _driver_errors() as error:
             raise StoreUnavailable(f"the {type(self._cache).__name__} failed: {error}") from error
 
     def _version(self, session_id: str) -> int | None:

@@ -1,0 +1,113 @@
+"""Every store, and the one in the docstring of the contract, passes the public suite."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import textwrap
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cachelib import FileSystemCache, RedisCache, SimpleCache
+
+from flask_persist_session import SessionStore, open_store
+from flask_persist_session.stores import base
+from flask_persist_session.testing import SessionStoreContract
+from tests.servers import RedisServer
+
+NewURL = Callable[[str], str]
+Opener = Callable[[], SessionStore]
+_numbers = itertools.count(1)
+
+
+class TestMemory(SessionStoreContract):
+    shared = False
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("memory"))
+
+
+class TestFile(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("file"))
+
+
+class TestSQLite(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("sqlite"))
+
+
+class TestRedis(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("redis"))
+
+
+class TestPostgreSQL(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("postgresql"))
+
+
+def _open_cache(make: Callable[[], Any]) -> SessionStore:
+    """The store of a new cache object, made in the process that uses it."""
+    return open_store(make())
+
+
+class TestSimpleCache(SessionStoreContract):
+    shared = False
+
+    @pytest.fixture
+    def open_store(self) -> Opener:
+        return partial(_open_cache, partial(SimpleCache, threshold=1_000_000))
+
+
+class TestFileSystemCache(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, tmp_path: Path) -> Opener:
+        return partial(_open_cache, partial(FileSystemCache, str(tmp_path / "cache"), threshold=0))
+
+
+class TestRedisCache(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, redis_server: RedisServer) -> Opener:
+        prefix = f"cache{next(_numbers)}:"
+        return partial(_open_cache, partial(RedisCache, "127.0.0.1", redis_server.port, key_prefix=prefix))
+
+
+# The store in the docstring of the contract ---------------------------------------------------------------------------
+
+
+def _documented_code() -> str:
+    """The indented block that follows the first double colon of the docstring."""
+    lines = inspect.getdoc(base).split("::\n", 1)[1].splitlines()  # type: ignore[union-attr]
+    block = itertools.takewhile(lambda line: not line or line.startswith(" "), lines)
+    return textwrap.dedent("\n".join(block))
+
+
+def _documented_store() -> type[SessionStore]:
+    names: dict[str, Any] = {"copy": copy, "threading": threading, **vars(base)}
+    exec(compile(_documented_code(), "the docstring of stores/base.py", "exec"), names)
+    store: type[SessionStore] = names["DictStore"]
+    return store
+
+
+class TestDocumented(SessionStoreContract):
+    shared = False
+
+    @pytest.fixture
+    def open_store(self) -> Opener:
+        return _documented_store()
+
+
+def test_a_store_is_short() -> None:
+    """The store of the docstring, which is complete, has less than 100 lines."""
+    assert len(_documented_code().splitlines()) < 100

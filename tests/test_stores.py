@@ -1,0 +1,752 @@
+"""What is special to one store: its files, its connections, its keys, its URL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from cachelib import FileSystemCache, NullCache, RedisCache, SimpleCache
+
+from flask_persist_session import (
+    Change,
+    ConfigError,
+    Deletion,
+    SerializationError,
+    SessionConflict,
+    SessionQuery,
+    SessionRecord,
+    SessionStore,
+    StoreError,
+    StoreUnavailable,
+    open_store,
+)
+from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
+from tests.conftest import SHARED_STORES
+from tests.servers import RedisServer, free_port
+
+NewURL = Callable[[str], str]
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    """Takes nothing away from the modes of new files."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def _modes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+# File -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "var" / "sessions"
+
+
+@pytest.fixture
+def file_store(root: Path) -> SessionStore:
+    return open_store(f"file://{root}")
+
+
+def _file_of(root: Path, record: SessionRecord) -> Path:
+    [path] = root.rglob(f"{record.id}.session")
+    return path
+
+
+def _save_twice(store: SessionStore, root: Path) -> tuple[SessionRecord, SessionRecord, Path, int]:
+    """Two versions, their file, and where the frame of the second starts."""
+    first = make_record()
+    second = following(first, data=b"second")
+    store.save(first, expected=0)
+    path = _file_of(root, first)
+    end = path.stat().st_size
+    store.save(second, expected=1)
+    return first, second, path, end
+
+
+def _flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_file_modes(tmp_path: Path, root: Path) -> None:
+    """Every directory is 0700 and every file 0600, whatever the umask: new, rewritten, indexed or a lease."""
+    store = open_store(f"file://{root}")
+    record = make_record()
+    store.save(record, expected=0)
+    for version in range(1, 200):
+        record = following(record, data=bytes(1000))
+        store.save(record, expected=version)
+    store.lease("sweep", 60)
+    modes = _modes(tmp_path)
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_dir()} == {0o700}
+    assert {mode for name, mode in modes.items() if (tmp_path / name).is_file()} == {0o600}
+    assert len(modes) > 6
+
+
+def test_file_torn_tail(file_store: SessionStore, root: Path) -> None:
+    """A file that ends anywhere within its last frame is in the state before, and can be saved again."""
+    first, second, path, end = _save_twice(file_store, root)
+    content = path.read_bytes()
+    for cut in range(end, len(content)):
+        path.write_bytes(content[:cut])
+        assert file_store.get(first.id) == first
+        with pytest.raises(SessionConflict):
+            file_store.save(following(second), expected=2)
+        file_store.save(second, expected=1)
+        assert file_store.get(first.id) == second
+
+
+def test_file_torn_creation(file_store: SessionStore, root: Path) -> None:
+    """A file that ends anywhere within its first frame cannot be read, is not listed, and its id can be created."""
+    record = make_record()
+    file_store.save(record, expected=0)
+    path = _file_of(root, record)
+    content = path.read_bytes()
+    for cut in range(len(content)):
+        path.write_bytes(content[:cut])
+        with pytest.raises(SerializationError):
+            file_store.get(record.id)
+        assert list(file_store.scan()) == []
+        file_store.save(record, expected=0)
+        assert file_store.get(record.id) == record
+
+
+def test_file_flipped_bit_in_the_last_frame(file_store: SessionStore, root: Path) -> None:
+    """A bit flipped anywhere in the last frame harms nothing or falls back to the state before, which can be saved."""
+    first, second, path, end = _save_twice(file_store, root)
+    content = path.read_bytes()
+    stuck = []
+    for bit in range(end * 8, len(content) * 8):
+        path.write_bytes(_flip(content, bit))
+        found = file_store.get(first.id)
+        assert found in (first, second), f"bit {bit} of {end * 8} to {len(content) * 8}"
+        assert found is not None
+        try:
+            file_store.save(following(found), expected=found.version)
+        except SessionConflict:
+            stuck.append(bit - end * 8)
+    assert stuck == []
+
+
+def test_file_flipped_bit_in_an_earlier_frame(file_store: SessionStore, root: Path) -> None:
+    """A bit flipped anywhere in a frame before the last one does no harm to the last one."""
+    first, second, path, end = _save_twice(file_store, root)
+    content = path.read_bytes()
+    harmed = []
+    for bit in range(end * 8):
+        path.write_bytes(_flip(content, bit))
+        try:
+            found = file_store.get(first.id)
+        except SerializationError:
+            found = None
+        if found != second:
+            harmed.append(bit)
+    assert harmed == []
+
+
+def test_file_flipped_bit_in_the_only_frame(file_store: SessionStore, root: Path) -> None:
+    """A bit flipped anywhere in the only frame harms nothing or is a ``SerializationError``: the id is never free."""
+    record = make_record()
+    file_store.save(record, expected=0)
+    path = _file_of(root, record)
+    content = path.read_bytes()
+    missing = []
+    for bit in range(len(content) * 8):
+        path.write_bytes(_flip(content, bit))
+        try:
+            if file_store.get(record.id) != record:
+                missing.append(bit)
+        except SerializationError:
+            pass
+    assert missing == []
+
+
+def test_file_stays_small(file_store: SessionStore, root: Path) -> None:
+    """A session that is saved over and over is rewritten, so its file stays within a few times its record."""
+    record = make_record(data=bytes(1000))
+    file_store.save(record, expected=0)
+    path, largest = _file_of(root, record), 0
+    for version in range(1, 300):
+        record = following(record)
+        file_store.save(record, expected=version)
+        largest = max(largest, path.stat().st_size)
+    assert 2_000 < largest < 100_000
+    assert file_store.get(record.id) == record
+
+
+def test_file_left_over_temporary_file(file_store: SessionStore, root: Path) -> None:
+    """A temporary file that a crash left is in no listing and does not hinder the next rewrite."""
+    record = make_record(data=bytes(1000))
+    file_store.save(record, expected=0)
+    path = _file_of(root, record)
+    path.with_name(f"{path.name}.tmp").write_bytes(b"left over" * 10_000)
+    assert list(file_store.scan()) == list(file_store.find(SessionQuery(user_id=record.user_id))) == [record]
+    for version in range(1, 200):
+        record = following(record)
+        file_store.save(record, expected=version)
+    assert list(file_store.scan()) == [record]
+    assert path.stat().st_size < 100_000
+
+
+def test_file_delete_leaves_nothing(file_store: SessionStore, root: Path) -> None:
+    """Deleting a session removes its file and its entry in the index of its user."""
+    record = make_record()
+    file_store.save(record, expected=0)
+    assert len(list(root.rglob(f"{record.id}*"))) == 2
+    file_store.delete(record.id)
+    assert list(root.rglob(f"{record.id}*")) == []
+
+
+def test_file_index_entry_of_a_crash(file_store: SessionStore, root: Path) -> None:
+    """An index entry whose session is gone, as a crash leaves it, is not listed."""
+    record = make_record()
+    file_store.save(record, expected=0)
+    _file_of(root, record).unlink()
+    assert list(file_store.find(SessionQuery(user_id=record.user_id))) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_file_lock_in_a_forked_child(
+    file_store: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A child that was forked in the middle of a save does not keep the session locked."""
+    record = make_record()
+    file_store.save(record, expected=0)
+    write, children = os.pwrite, []
+
+    def fork_and_write(*arguments: Any) -> int:
+        if not children:
+            child = os.fork()
+            if child == 0:
+                select.select([], [], [], 60)  # lives on with the files it inherited
+                os._exit(0)
+            children.append(child)
+            request.addfinalizer(lambda: (os.kill(child, 9), os.waitpid(child, 0)))
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", fork_and_write)
+    file_store.save(following(record), expected=1)
+    assert children
+    later = threading.Thread(target=open_store(f"file://{root}").delete, args=(record.id,), daemon=True)
+    later.start()
+    later.join(10)
+    assert not later.is_alive()
+    assert file_store.get(record.id) is None
+
+
+def test_file_fsync(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``fsync=1`` every save waits for the disk, without it none does."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    open_store(f"file://{root}").save(make_record(1), expected=0)
+    assert synced == []
+    store = open_store(f"file://{root}?fsync=1")
+    store.save(make_record(2), expected=0)
+    created = len(synced)
+    store.save(following(make_record(2)), expected=1)
+    assert 0 < created < len(synced)
+
+
+# SQL ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Process and thread of each connection to SQLite that is made from now on."""
+    made: list[tuple[int, int]] = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        made.append((os.getpid(), threading.get_ident()))
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr("sqlite3.connect", noted)
+    monkeypatch.setattr("sqlite3.dbapi2.connect", noted)
+    return made
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_sqlite_modes(tmp_path: Path, database: Path) -> None:
+    """The database and the files beside it can be read by its owner alone, whatever the umask."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    assert _modes(tmp_path) == dict.fromkeys(("sessions.db", "sessions.db-wal", "sessions.db-shm"), 0o600)
+    store.close()
+
+
+def test_sqlite_wal(database: Path) -> None:
+    """The database is in WAL mode, so readers and a writer do not wait for each other."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    other = sqlite3.connect(database)
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.execute("BEGIN IMMEDIATE")
+    assert store.get(make_record().id) == make_record()
+    other.close()
+    store.close()
+
+
+def test_sqlite_locked(database: Path) -> None:
+    """A save that waits for a lock longer than the timeout is a ``StoreUnavailable``, and succeeds later."""
+    store = open_store(f"sqlite:///{database}?timeout=0.05")
+    store.get(make_record().id)
+    other = sqlite3.connect(database)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable):
+        store.save(make_record(), expected=0)
+    other.close()
+    store.save(make_record(), expected=0)
+    assert store.get(make_record().id) == make_record()
+    store.close()
+
+
+def test_sqlite_connection_of_each_thread(database: Path, connections: list[tuple[int, int]]) -> None:
+    """Each thread has a connection of its own, made by itself and used again."""
+    store = open_store(f"sqlite:///{database}")
+    idents = []
+
+    def use() -> None:
+        idents.append(threading.get_ident())
+        store.get(make_record().id)
+        store.get(make_record().id)
+        store.close()
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert connections == [(os.getpid(), ident) for ident in idents]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sqlite_connection_after_a_fork(database: Path, connections: list[tuple[int, int]]) -> None:
+    """A forked child makes a connection of its own and leaves the inherited one alone; the parent keeps its own."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    before = list(connections)
+
+    def child() -> tuple[int, int, SessionRecord | None]:
+        found = store.get(make_record().id)
+        return os.getpid(), connections[-1][0], found
+
+    process, connected, found = in_a_fork(child)
+    assert (process, found) == (connected, make_record())
+    store.save(following(make_record()), expected=1)
+    assert connections == before
+    store.close()
+
+
+def test_sqlite_newer_schema(database: Path) -> None:
+    """A table of a version that this release does not know is a ``StoreError`` that names the version."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    store.close()
+    with sqlite3.connect(database) as other:
+        other.execute("UPDATE persist_schema SET version = 99")
+    other.close()
+    store = open_store(f"sqlite:///{database}")
+    with pytest.raises(StoreError, match="version 99"):
+        store.get(make_record().id)
+    store.close()
+
+
+def test_sqlite_indexes_of_each_namespace(database: Path) -> None:
+    """The table of every namespace has the same indexes, by user and by expiry."""
+    for namespace in ("web", "chat"):
+        store = open_store(f"sqlite:///{database}", namespace=namespace)
+        store.save(make_record(), expected=0)
+        store.close()
+    connection = sqlite3.connect(database)
+    indexes = {
+        namespace: sorted(
+            tuple(column for _, _, column in connection.execute(f"PRAGMA index_info({name})"))
+            for _, name, *_ in connection.execute(f"PRAGMA index_list(persist_session_{namespace})")
+        )
+        for namespace in ("web", "chat")
+    }
+    connection.close()
+    assert len(indexes["web"]) == 3
+    assert indexes["chat"] == indexes["web"]
+
+
+def test_sqlite_no_database(database: Path) -> None:
+    """A file that is no database is a ``StoreError``, and stays as it was."""
+    database.write_bytes(b"no database at all" * 1000)
+    store = open_store(f"sqlite:///{database}")
+    with pytest.raises(StoreError):
+        store.save(make_record(), expected=0)
+    assert database.read_bytes() == b"no database at all" * 1000
+
+
+def test_sqlite_relative_path(tmp_path: Path) -> None:
+    """A relative path starts at the base path, and its directory is made."""
+    store = open_store("sqlite:///data/sessions.db", base_path=str(tmp_path))
+    store.save(make_record(), expected=0)
+    assert (tmp_path / "data" / "sessions.db").is_file()
+    store.close()
+
+
+def _create_in_each(urls: list[str], store: SessionStore, number: int) -> None:
+    for url in urls:
+        opened = open_store(url)
+        opened.save(make_record(number), expected=0)
+        opened.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_sql_database_made_by_many(new_url: NewURL, kind: str) -> None:
+    """Eight processes that come at once to a new database make its tables once and all go on."""
+    urls = [new_url(kind) for _ in range(3)]
+    in_processes(partial(open_store, "memory://"), partial(_create_in_each, urls), count=8)
+    for url in urls:
+        store = open_store(url)
+        assert store.count(SessionQuery()) == 8
+        store.close()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("sqlite", 260_000), ("postgresql", 70_000)])
+def test_sql_query_of_many_ids(new_url: NewURL, kind: str, count: int) -> None:
+    """A query may name more ids than a statement can have parameters."""
+    store = open_store(new_url(kind))
+    store.save(make_record(), expected=0)
+    query = SessionQuery(ids=frozenset({make_record().id, *(f"{number:067x}" for number in range(count))}))
+    assert list(store.find(query)) == [make_record()]
+    assert store.count(query) == 1
+    store.close()
+
+
+# Redis ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis_store(new_url: NewURL) -> Iterator[SessionStore]:
+    store = open_store(new_url("redis"))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """A client of a server on which nothing is stored."""
+    with redis_server.client() as connected:
+        connected.flushall()
+        yield connected
+
+
+def _keys(client: redis.Redis) -> list[str]:
+    return [key.decode() for key in client.scan_iter(count=1000)]
+
+
+def test_redis_hash_tag(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Every key of a session carries its shard as hash tag, whatever its user is called, so they share a slot."""
+    record = make_record(user_id="{other} }{")
+    redis_store.save(record, expected=0)
+    tags = {key[key.index("{") + 1 : key.index("}")] for key in _keys(client)}
+    assert tags == {record.id[:3]}
+
+
+def test_redis_time_to_live(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Every key of a session has a time to live, which ends later than the session."""
+    now = time.time()
+    for number, lifetime in enumerate((100.0, 1e6, 1.0)):
+        redis_store.save(make_record(number, accessed_at=now, expires_at=now + lifetime), expected=0)
+    times = {key: client.pttl(key) / 1000 for key in _keys(client)}
+    hashes = [left for key, left in times.items() if ":s:" in key]
+    assert len(hashes) == 3
+    assert min(hashes) > 100
+    assert [key for key, left in times.items() if ":s:" not in key and left <= 1e6] == []
+
+
+@pytest.mark.parametrize(
+    "query", [SessionQuery(), SessionQuery(user_id="alice"), SessionQuery(expires_before=1e12)], ids=str
+)
+def test_redis_prunes(client: redis.Redis, redis_store: SessionStore, query: SessionQuery) -> None:
+    """A listing takes the entry of a session whose key is gone out of the index it used, and leaves the others."""
+    kept, gone = make_record(1), make_record(2)
+    redis_store.save(kept, expected=0)
+    redis_store.save(gone, expected=0)
+    [key] = client.scan_iter(f"*:s:{gone.id}", count=1000)
+    client.delete(key)
+    members = _index_members(client, gone.id)
+    assert list(redis_store.find(query)) == [kept]
+    assert _index_members(client, gone.id) == members - 1
+    assert _index_members(client, kept.id) == members
+
+
+def _index_members(client: redis.Redis, session_id: str) -> int:
+    """In how many indexes a session is."""
+    indexes = [key for key in client.scan_iter(count=1000) if client.type(key) == b"zset"]
+    return sum(client.zscore(key, session_id) is not None for key in indexes)
+
+
+def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A server that forgets its scripts between any two calls does no harm."""
+    record, other = make_record(1), make_record(2)
+    calls: list[tuple[Callable[[], object], object]] = [
+        (lambda: redis_store.save(record, expected=0), None),
+        (lambda: redis_store.save(following(record), expected=1), None),
+        (lambda: redis_store.get(record.id), following(record)),
+        (lambda: redis_store.save_many([Change(record=other, expected=0)] * 2), [True, False]),
+        (lambda: redis_store.delete(record.id), True),
+        (lambda: redis_store.lease("sweep", 60), True),
+        (lambda: list(redis_store.scan()), [other]),
+        (lambda: redis_store.delete_many([Deletion(id=other.id, expected=1)] * 2), [True, False]),
+    ]
+    for call, expected in calls:
+        client.script_flush()
+        assert call() == expected
+
+
+def test_redis_prefixes(redis_server: RedisServer, client: redis.Redis) -> None:
+    """Two stores with different prefixes do not see each other, and every key starts with its prefix."""
+    one, two = (open_store(f"{redis_server.url}?prefix={prefix}") for prefix in ("one", "two"))
+    one.save(make_record(), expected=0)
+    one.lease("sweep", 60)
+    assert {key.split(":")[0] for key in _keys(client)} == {"one"}
+    assert two.get(make_record().id) is None
+    assert list(two.scan()) == []
+    assert two.lease("sweep", 60) is True
+    one.close()
+    two.close()
+
+
+def test_redis_foreign_key(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Something else under a session's key is a ``SerializationError``, no id to create, and can be deleted."""
+    record = make_record()
+    redis_store.save(record, expected=0)
+    [key] = client.scan_iter(f"*:s:{record.id}", count=1000)
+    client.set(key, b"foreign")
+    with pytest.raises(SerializationError):
+        redis_store.get(record.id)
+    with pytest.raises(SessionConflict):
+        redis_store.save(record, expected=0)
+    assert redis_store.delete(record.id) is True
+
+
+# cachelib -------------------------------------------------------------------------------------------------------------
+
+
+def test_cachelib_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A cache that several processes can reach is warned of once, naming it."""
+    store = open_store(FileSystemCache(str(tmp_path), threshold=0))
+    [message] = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert "FileSystemCache" in message
+    assert store.atomic is False
+
+
+def test_cachelib_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A cache of this process alone is as safe as memory and not warned of."""
+    assert open_store(SimpleCache()).atomic is True
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("wrong", [NullCache(), SimpleCache, {}, 7, None, object()], ids=repr)
+def test_cachelib_refuses(wrong: object) -> None:
+    """What is no cache, or a cache that keeps nothing, is a ``ConfigError`` that names it and its kind."""
+    with pytest.raises(ConfigError, match=rf"\({type(wrong).__name__}\) is no store"):
+        open_store(wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.get(make_record().id),
+        lambda store: store.save(make_record(), expected=0),
+        lambda store: store.save(make_record(version=2), expected=1),
+        lambda store: store.delete(make_record().id),
+    ],
+    ids=["get", "create", "save", "delete"],
+)
+def test_cachelib_server_is_gone(call: Callable[[SessionStore], object]) -> None:
+    """A cache server that cannot be reached is a ``StoreError``: no driver's error leaves a store."""
+    store = open_store(RedisCache("127.0.0.1", free_port(), retry=None))
+    with pytest.raises(StoreError):
+        call(store)
+
+
+# Every store that is shared -------------------------------------------------------------------------------------------
+
+
+def test_namespaces(shared_url: str) -> None:
+    """Two namespaces of one store do not see each other: neither records nor listings nor leases."""
+    web, chat = open_store(shared_url), open_store(shared_url, namespace="chat")
+    web.save(make_record(1), expected=0)
+    chat.save(make_record(2), expected=0)
+    assert [chat.get(make_record(1).id), web.get(make_record(2).id)] == [None, None]
+    assert [list(web.scan()), list(chat.scan())] == [[make_record(1)], [make_record(2)]]
+    assert [web.lease("sweep", 60), chat.lease("sweep", 60)] == [True, True]
+    web.close()
+    chat.close()
+
+
+def _damage_file(url: str, session_id: str) -> None:
+    [path] = Path(url.removeprefix("file://")).rglob(f"{session_id}.session")
+    content = path.read_bytes()
+    path.write_bytes(_flip(content, len(content) * 4))
+
+
+def _damage_sqlite(url: str, session_id: str) -> None:
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    connection.execute("UPDATE persist_session_web SET metadata = '[' WHERE id = ?", (session_id,))
+    connection.commit()
+    connection.close()
+
+
+def _damage_redis(url: str, session_id: str) -> None:
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+        prefix = url.partition("prefix=")[2]
+        [key] = client.scan_iter(f"{prefix}:*:s:{session_id}", count=1000)
+        client.hset(key, "record", b"\x07")
+
+
+@pytest.fixture(params=[_damage_file, _damage_sqlite, _damage_redis], ids=["file", "sqlite", "redis"])
+def damaged(request: pytest.FixtureRequest, new_url: NewURL) -> Iterator[tuple[SessionStore, list[SessionRecord]]]:
+    """A store of two records in the order of their ids, of which the first is unreadable."""
+    url = new_url(request.param.__name__.removeprefix("_damage_"))
+    store = open_store(url)
+    records = sorted((make_record(number) for number in range(2)), key=lambda record: record.id)
+    for record in records:
+        store.save(record, expected=0)
+    request.param(url, records[0].id)
+    yield store, records
+    store.close()
+
+
+def test_unreadable_record(damaged: tuple[SessionStore, list[SessionRecord]]) -> None:
+    """A record that cannot be read is a ``SerializationError``, cannot be saved over, and can be deleted."""
+    store, [unreadable, _] = damaged
+    with pytest.raises(SerializationError):
+        store.get(unreadable.id)
+    with pytest.raises(SessionConflict):
+        store.save(unreadable, expected=0)
+    assert store.delete(unreadable.id) is True
+    store.save(unreadable, expected=0)
+    assert store.get(unreadable.id) == unreadable
+
+
+@pytest.mark.parametrize("conditions", [{}, {"user_id": "alice"}, {"order_by": "id", "limit": 1}], ids=str)
+def test_unreadable_record_in_a_listing(
+    damaged: tuple[SessionStore, list[SessionRecord]], conditions: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A listing leaves an unreadable record out with a warning that names it, and finds the others."""
+    store, [unreadable, readable] = damaged
+    assert list(store.find(SessionQuery(**conditions))) == [readable]
+    assert any(unreadable.id in entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING)
+
+
+# open_store -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("mongodb://localhost/x", "mongodb"),
+        ("sessions.db", "sessions.db"),
+        ("", "scheme"),
+        ("memory://?size=1", "size"),
+        ("file:///tmp/x?sync=1", "sync"),
+        ("sqlite:///x.db?wal=1", "wal"),
+        ("redis://localhost?ttl=1", "ttl"),
+        ("postgresql://localhost/x?pool=1", "pool"),
+        ("file:///tmp/x?fsync=yes", "fsync"),
+        ("sqlite:///x.db?timeout=0", "timeout"),
+        ("sqlite:///x.db?timeout=soon", "timeout"),
+        ("sqlite:///x.db?synchronous=maybe", "synchronous"),
+        ("redis://localhost?timeout=-1", "timeout"),
+        ("redis://localhost?db=one", "db"),
+        ("redis://localhost?max_connections=many", "max_connections"),
+        ("redis://localhost:port/0", "port"),
+        ("redis://localhost/one", "one"),
+        ("postgresql://localhost/x?timeout=inf", "timeout"),
+        ("postgresql://localhost:port/x", "port"),
+        ("sqlite://", "file"),
+        ("sqlite:///", "file"),
+        ("sqlite:///:memory:", "file"),
+        ("sqlite://host/x.db", "file"),
+        ("file://host/x", "host"),
+        ("postgresql://localhost", "database"),
+        ("redis://[::1", "URL"),
+    ],
+)
+def test_open_store_refuses(url: str, named: str, tmp_path: Path) -> None:
+    """A URL that cannot work is a ``ConfigError`` that names what is wrong with it."""
+    with pytest.raises(ConfigError, match=named):
+        open_store(url, base_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("scheme", ["file:{}", "sqlite:///{}"])
+def test_open_store_in_an_unwritable_place(scheme: str, tmp_path: Path) -> None:
+    """A path where nothing can be made is a ``ConfigError`` that names it."""
+    (tmp_path / "regular").write_text("a file")
+    with pytest.raises(ConfigError, match="regular/below"):
+        open_store(scheme.format("regular/below/sessions"), base_path=str(tmp_path))
+
+
+def test_open_store_takes_a_store() -> None:
+    """A store is returned as it is."""
+    store = open_store("memory://")
+    assert open_store(store) is store
+
+
+@pytest.mark.parametrize("namespace", ["../other", "", "a b", 'x"; DROP TABLE y', "Web"])
+@pytest.mark.parametrize("kind", SHARED_STORES)
+def test_open_store_refuses_a_namespace(kind: str, namespace: str, new_url: NewURL) -> None:
+    """A namespace of anything but lower-case letters, digits and underscores is a ``ConfigError``."""
+    with pytest.raises(ConfigError, match="namespace"):
+        open_store(new_url(kind), namespace=namespace)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql5://user:geheim@localhost/x",
+        "redis://user:geheim@localhost?ttl=1",
+        "redis://user:geheim@localhost?timeout=soon",
+        "redis://user:geheim@localhost:port/0",
+        "redis://user:geheim/x@localhost/0",
+        "redis://user:geheim#x@localhost/0?ttl=1",
+        "postgresql://user:geheim@localhost",
+        "postgresql://user:geheim@localhost:port/x",
+        "sqlite://user:geheim@localhost/x.db",
+        "redis://localhost?password=geheim",
+        "redis://user:geheim@[localhost/0",
+    ],
+)
+def test_open_store_keeps_the_password(url: str) -> None:
+    """The password of a URL is in no message, however wrong the URL is."""
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis://user:geheim@127.0.0.1:{}/0", "postgresql://user:geheim@127.0.0.1:{}/x"])
+def test_unreachable_store_keeps_the_password(scheme: str) -> None:
+    """A server that cannot be reached is a ``StoreUnavailable`` that names the place and not the password."""
+    port = free_port()
+    store = open_store(scheme.format(port))
+    with pytest.raises(StoreUnavailable, match=str(port)) as caught:
+        store.get(make_record().id)
+    assert "geheim" not in str(caught.value)

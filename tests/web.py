@@ -1,0 +1,141 @@
+"""What the tests with processes share: a gunicorn of their own, and browsers that talk to it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from tests.servers import DEADLINE, wait_until
+
+#: Starts processes that share nothing with the one of the tests but what they are handed, and at once: they are forked
+#: from a process that has done nothing but the imports.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["flask_persist_session", "peewee", "redis"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server answered."""
+
+    status: int
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Browser:
+    """Keeps cookies and one connection, which is opened again after an error or ``close``."""
+
+    def __init__(self, port: int, cookies: Mapping[str, str] | None = None, *, patience: float = DEADLINE) -> None:
+        self.cookies = dict(cookies or {})
+        self._connection = HTTPConnection("127.0.0.1", port, timeout=patience)
+
+    def get(self, path: str) -> Answer:
+        return self._send("GET", path, None, {})
+
+    def post(self, path: str, **form: str) -> Answer:
+        return self._send("POST", path, urlencode(form), {"Content-Type": "application/x-www-form-urlencoded"})
+
+    def _send(self, method: str, path: str, body: str | None, headers: dict[str, str]) -> Answer:
+        cookie = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        try:
+            self._connection.request(method, path, body, {"Cookie": cookie, **headers})
+            response = self._connection.getresponse()
+            answer = Answer(response.status, response.read().decode())
+        except (OSError, HTTPException):
+            self.close()
+            raise
+        for header in response.headers.get_all("Set-Cookie", []):
+            for name, morsel in SimpleCookie(header).items():
+                if morsel["max-age"] == "0":
+                    self.cookies.pop(name, None)
+                else:
+                    self.cookies[name] = morsel.value
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Gunicorn:
+    """A gunicorn that serves *target*, with its workers a process group of its own.
+
+    It inherits a listening socket from the tests, so whoever answers there is this server or one of its workers, a
+    browser that comes too early waits, and a server that is started again has the same port.
+    """
+
+    def __init__(self, folder: Path, target: str, *options: str, **environment: str) -> None:
+        self._folder, self._log = folder, folder / "gunicorn.log"
+        self._command = [sys.executable, "-m", "gunicorn", "--keep-alive", "60", *options, target]
+        # gunicorn's control socket goes to the folder as well.
+        self._environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), **environment}
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._port: int = self._socket.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._browsers: list[Browser] = []
+
+    def start(self) -> None:
+        handle = self._socket.fileno()
+        bind = ["--bind", f"fd://{handle}"]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command + bind,
+                cwd=self._folder,
+                env=self._environment,
+                pass_fds=[handle],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._answers, "gunicorn")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log()
+        visitor = Browser(self._port, patience=2)
+        try:
+            return visitor.get("/").status < 500
+        except (TimeoutError, ConnectionError):
+            return False
+        finally:
+            visitor.close()
+
+    def kill(self) -> None:
+        """End the server and all its workers at once, wherever they are."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def kill_worker(self, pid: int) -> None:
+        """End one of its workers at once, wherever it is."""
+        assert self._process is not None
+        assert pid != self._process.pid == os.getpgid(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.kill()
+        self._socket.close()
+        for browser in self._browsers:
+            browser.close()
+
+    def browser(self, cookies: Mapping[str, str] | None = None) -> Browser:
+        """A browser, closed with the server."""
+        self._browsers.append(Browser(self._port, cookies))
+        return self._browsers[-1]
+
+    def log(self) -> str:
+        return self._log.read_text()
