@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class PersistSessionInterface(SessionInterface):
         self.manager = manager
         self._no_store = no_store
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
+        self._patterns: dict[str, re.Pattern[str]] = {}
         self._no_renewal_before = -math.inf
         self._dead: dict[str, None] = {}
 
@@ -46,7 +48,7 @@ class PersistSessionInterface(SessionInterface):
         """Keep the request for later; ``None`` (Flask's null session) without a secret key."""
         if not app.secret_key:
             return None
-        return _RequestSession(self.manager, _Presented(self, app, request))
+        return _RequestSession(self.manager, _Presented(self, app, request.environ.get("HTTP_COOKIE", "")))
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Store the session, then tell the browser; what cannot be stored is never answered as a success."""
@@ -73,6 +75,13 @@ class PersistSessionInterface(SessionInterface):
         if self._signer is None or self._signer[0] != keys:
             self._signer = keys, TokenSigner(keys, self.manager.clock)
         return self._signer[1]
+
+    def pattern(self, app: Flask) -> re.Pattern[str]:
+        """Finds the values of the session cookie that have the alphabet of a signed token."""
+        name = self.get_cookie_name(app)
+        if name not in self._patterns:
+            self._patterns[name] = re.compile(rf"(?:^|;)\s*{re.escape(name)}=([\w.\-]+)\s*(?=;|$)", re.ASCII)
+        return self._patterns[name]
 
     def _finish(self, app: Flask, session: _RequestSession) -> tuple[CookieTask, str | None]:
         renewal = self._renewal(app, session)
@@ -144,14 +153,15 @@ class PersistSessionInterface(SessionInterface):
 class _Presented:
     """The session cookies that a request carries, verified when that is needed, and once."""
 
-    def __init__(self, interface: PersistSessionInterface, app: Flask, request: Request) -> None:
+    def __init__(self, interface: PersistSessionInterface, app: Flask, header: str) -> None:
         self._interface = interface
         self._app = app
-        self._request = request
+        self._header = header
 
     @cached_property
     def _values(self) -> list[str]:
-        return self._request.cookies.getlist(self._interface.get_cookie_name(self._app))[:_MOST_COOKIES]
+        """What may be signed tokens; nothing else of the header is of interest, so it need not be parsed in full."""
+        return self._interface.pattern(self._app).findall(self._header)[:_MOST_COOKIES] if self._header else []
 
     @cached_property
     def _verified(self) -> SignedToken | None:

@@ -569,12 +569,17 @@ def record_of(
 
     Raises ``TypeError`` or ``ValueError`` if a field is damaged: not every store keeps types apart.
     """
-    if (
-        type(data) is not bytes
-        or type(version) is not int
-        or not {type(session_id), type(user_id), type(tenant_id), type(end_reason)} <= _TEXT
-        or not {type(created_at), type(accessed_at), type(expires_at), type(ended_at)} <= _MOMENT
-        or None in (session_id, created_at, accessed_at, expires_at)
+    if not (
+        type(data) is bytes
+        and type(version) is int
+        and type(session_id) is str
+        and (user_id is None or type(user_id) is str)
+        and (tenant_id is None or type(tenant_id) is str)
+        and (end_reason is None or type(end_reason) is str)
+        and type(created_at) in _NUMBERS
+        and type(accessed_at) in _NUMBERS
+        and type(expires_at) in _NUMBERS
+        and (ended_at is None or type(ended_at) in _NUMBERS)
     ):
         raise TypeError("a field is of the wrong type")
     return SessionRecord(
@@ -593,8 +598,7 @@ def record_of(
     )
 
 
-_TEXT = {str, type(None)}
-_MOMENT = {float, int, type(None)}
+_NUMBERS = (float, int)
 _NO_TAGS: frozenset[str] = frozenset()
 
 

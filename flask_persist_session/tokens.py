@@ -14,7 +14,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from itsdangerous import BadData, TimestampSigner, want_bytes
+from itsdangerous import TimestampSigner, want_bytes
 from itsdangerous.signer import SigningAlgorithm
 
 SHARDS = 1024
@@ -68,13 +68,14 @@ class TokenSigner:
 
     def verify(self, value: str) -> SignedToken | None:
         """The token in a cookie *value*, or ``None`` for whatever this application did not sign."""
-        if len(value) > _LONGEST_VALUE or not value.isascii():
+        signed_at = claimed_time(value)
+        if signed_at is None:
             return None
-        try:
-            token, signed_at = self._signer.unsign(value, return_timestamp=True)
-        except BadData:
+        # What unsign does, without its exceptions and dates: this is a tenth of the time that a session adds.
+        stamped, _, signature = value.rpartition(".")
+        if not self._signer.verify_signature(stamped, signature):
             return None
-        return SignedToken(token.decode("ascii"), int(signed_at.timestamp()))
+        return SignedToken(stamped.rpartition(".")[0], signed_at)
 
 
 class _HMACSHA256(SigningAlgorithm):
@@ -111,7 +112,7 @@ def claimed_time(value: str) -> int | None:
 
     This decides only whether it is worth verifying the value, so a forged time gains nothing.
     """
-    if len(value) > _LONGEST_VALUE:
+    if len(value) > _LONGEST_VALUE or not value.isascii():
         return None
     stamp = value.split(".")[-2:-1]
     try:

@@ -105,7 +105,7 @@ class RedisStore(SessionStore):
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         try:
-            saved = self._run(_SAVE, self._save_arguments(record, expected))
+            saved = self._run(_SAVE, self._save_arguments(record))
         except redis.RedisError as error:
             raise self._failure(error) from error
         if not saved:
@@ -133,7 +133,7 @@ class RedisStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        return self._run_many(_SAVE, [self._save_arguments(change.record, change.expected) for change in changes])
+        return self._run_many(_SAVE, [self._save_arguments(change.record) for change in changes])
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         known = [deletion for deletion in deletions if is_session_id(deletion.id)]
@@ -165,20 +165,14 @@ class RedisStore(SessionStore):
     def _user_key(self, shard: str, user_id: str) -> str:
         return f"{self._prefix}:{{{shard}}}:u:{user_id}"
 
-    def _save_arguments(self, record: SessionRecord, expected: int) -> tuple[Any, ...]:
-        shard = record.id[:3]
+    def _save_arguments(self, record: SessionRecord) -> tuple[Any, ...]:
         # From the record's own times, so that a clock other than the server's does no harm.
         lifetime = round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
-        common = (expected, record.version, record.expires_at, pack_record(record), lifetime, record.id)
-        if record.user_id is None:
-            return (2, self._key(record.id), self._expiry_key(shard), *common)
-        keys = self._key(record.id), self._expiry_key(shard), self._user_key(shard, record.user_id)
-        return (3, *keys, *common, record.user_id, record.created_at)
+        arguments = (1, self._key(record.id), record.version, pack_record(record), record.expires_at, lifetime)
+        return arguments if record.user_id is None else (*arguments, record.user_id, record.created_at)
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
-        shard = session_id[:3]
-        wanted = "" if expected is None else expected
-        return 2, self._key(session_id), self._expiry_key(shard), wanted, session_id, self._user_key(shard, "")
+        return 1, self._key(session_id), "" if expected is None else expected
 
     # Listing ----------------------------------------------------------------------------------------------------------
 
@@ -257,45 +251,50 @@ class _Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-# KEYS: session, expiry index, user's index if it has a user. ARGV: expected version, new version, expires_at, record,
-# time to live in milliseconds, id; and with a user: user id, created_at. Most saves leave the expiry as it is, and then
-# nothing but the hash is touched.
+# The other keys are derived from that of the session: they have its hash tag, so they are in the same slot, and each
+# argument less is time saved.
+
+# KEYS: session. ARGV: new version, record, expires_at, time to live in milliseconds; and with a user: user id,
+# created_at. Most saves leave the expiry as it is, and then nothing but the hash is touched.
 _SAVE = _Script("""
 local stored = redis.pcall('HMGET', KEYS[1], 'version', 'expires_at')
-if stored.err or (stored[1] or '0') ~= ARGV[1] then
+if stored.err or (stored[1] or '0') ~= tostring(ARGV[1] - 1) then
   return 0
 end
 if stored[2] == ARGV[3] then
-  redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[4])
+  redis.call('HSET', KEYS[1], 'version', ARGV[1], 'record', ARGV[2])
   return 1
 end
-redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[4], 'expires_at', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[6])
-if KEYS[3] then
-  redis.call('HSET', KEYS[1], 'user_id', ARGV[7])
-  redis.call('ZADD', KEYS[3], ARGV[8], ARGV[6])
+local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
+local indexes = {shard .. ':expiry'}
+redis.call('HSET', KEYS[1], 'version', ARGV[1], 'record', ARGV[2], 'expires_at', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('ZADD', indexes[1], ARGV[3], id)
+if ARGV[5] then
+  indexes[2] = shard .. ':u:' .. ARGV[5]
+  redis.call('HSET', KEYS[1], 'user_id', ARGV[5])
+  redis.call('ZADD', indexes[2], ARGV[6], id)
 end
-for index = 2, #KEYS do
-  if redis.call('PTTL', KEYS[index]) < tonumber(ARGV[5]) then
-    redis.call('PEXPIRE', KEYS[index], ARGV[5])
+for _, index in ipairs(indexes) do
+  if redis.call('PTTL', index) < tonumber(ARGV[4]) then
+    redis.call('PEXPIRE', index, ARGV[4])
   end
 end
 return 1
 """)
 
-# KEYS: session, expiry index. ARGV: expected version or nothing, id, what the keys of users' indexes start with. The
-# user is known to the hash alone; its index has the hash tag of the keys given, so it is in the same slot.
+# KEYS: session. ARGV: expected version or nothing. The user is known to the hash alone.
 _DELETE = _Script("""
 local hash = redis.call('TYPE', KEYS[1]).ok == 'hash'
 if ARGV[1] ~= '' and (not hash or redis.call('HGET', KEYS[1], 'version') ~= ARGV[1]) then
   return 0
 end
+local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
 local user = hash and redis.call('HGET', KEYS[1], 'user_id')
 if user then
-  redis.call('ZREM', ARGV[3] .. user, ARGV[2])
+  redis.call('ZREM', shard .. ':u:' .. user, id)
 end
-redis.call('ZREM', KEYS[2], ARGV[2])
+redis.call('ZREM', shard .. ':expiry', id)
 return redis.call('DEL', KEYS[1])
 """)
 
