@@ -102,11 +102,12 @@ class PersistSessionInterface(SessionInterface):
         """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
         now = self.manager.clock()
         latest = now - self.manager.renew_interval
-        if not session.presented.claims_renewal_before(latest) or now < self._no_renewal_before:
-            return "no"
+        if not session.loaded:  # then the cookie has not been verified either
+            if not session.presented.claims_renewal_before(latest) or now < self._no_renewal_before:
+                return "no"
+            if session.presented.token() in self._dead:
+                return "no"
         if not session.presented.renewed_before(latest):
-            return "no"
-        if not session.loaded and session.presented.token() in self._dead:
             return "no"
         return "yes" if app.config["SESSION_REFRESH_EACH_REQUEST"] else "if changed"
 

@@ -200,7 +200,12 @@ class SessionManager:
             end_reason=None,
             version=1,
         )
-        self.store.save(record, expected=0)
+        try:
+            self.store.save(record, expected=0)
+        except SessionConflict:
+            # Nobody else has this id: a driver that lost the answer to a save sent it once more.
+            if self.store.get(record.id) != record:
+                raise
         return StoredSession(record, data, token=token)
 
     def _create_like(self, record: SessionRecord, data: dict[str, Any], created_at: float) -> StoredSession:

@@ -18,6 +18,8 @@ import hashlib
 import os
 import re
 import secrets
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -33,7 +35,7 @@ from ..records import Change, Deletion, SessionQuery, SessionRecord, is_session_
 from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, count, seconds
-from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut
+from .base import SessionStore, after_fork, check_save, conflict, log_unreadable, order_and_cut
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
 _MARGIN = 7 * 86400
@@ -61,21 +63,65 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     }
     options = location.read_options(**readers)
     wait, prefix = options.pop("timeout", 2.0), options.pop("prefix", "persist")
-    client = redis.Redis.from_url(
-        urlunsplit(location.url),
-        socket_timeout=wait,
-        socket_connect_timeout=wait,
-        # Once more on a connection that the server closed meanwhile; not after a timeout, so that the wait is bounded.
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        **options,
-    )
-    return RedisStore(client, namespace, prefix=prefix, name=f"the Redis server {location}")
+
+    def connect() -> redis.Redis:
+        return redis.Redis.from_url(
+            urlunsplit(location.url),
+            socket_timeout=wait,
+            socket_connect_timeout=wait,
+            # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            single_connection_client=True,
+            **options,
+        )
+
+    return RedisStore(ClientPerThread(connect), namespace, prefix=prefix, name=f"the Redis server {location}")
+
+
+class ClientPerThread:
+    """Makes a client with one connection for each thread; taking one from a pool costs a tenth of a command.
+
+    :param connect: makes a connected client.
+    """
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self._connect = connect
+        self._start()
+        after_fork(self._leave_to_parent)
+
+    def _start(self) -> None:
+        self._own = threading.local()
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def _leave_to_parent(self) -> None:
+        _inherited.append((self._own, list(self._all)))
+        self._start()
+
+    def __call__(self) -> Any:
+        try:
+            return self._own.client
+        except AttributeError:
+            self._own.client = client = self._connect()
+            self._all.add(client)
+            return client
+
+    def close(self) -> None:
+        """Close the connections of all threads; who goes on gets a new one."""
+        clients = list(self._all)
+        self._start()
+        for client in clients:
+            client.close()
+
+
+#: Clients of the parent process: closing them here could disturb it, so they are kept from being collected.
+_inherited: list[object] = []
 
 
 class RedisStore(SessionStore):
     """Keeps each session in a hash of a Redis server.
 
-    :param client: a ``redis.Redis`` or anything with its methods, with ``decode_responses`` off and timeouts set.
+    :param client: a ``redis.Redis`` or anything with its methods, with ``decode_responses`` off and timeouts set; or a
+        ``ClientPerThread`` of such.
     :param namespace: part of the keys.
     :param prefix: start of the keys.
     :param name: what messages call the server.
@@ -84,7 +130,8 @@ class RedisStore(SessionStore):
     def __init__(
         self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
     ) -> None:
-        self._client = client
+        self._clients = client if isinstance(client, ClientPerThread) else None
+        self._shared_client = client
         self._prefix = f"{prefix}:{namespace}"
         self._name = name
         self._holder = secrets.token_hex(16)
@@ -149,7 +196,11 @@ class RedisStore(SessionStore):
 
     def close(self) -> None:
         with self._errors():
-            self._client.close()
+            (self._clients or self._shared_client).close()
+
+    @property
+    def _client(self) -> Any:
+        return self._clients() if self._clients else self._shared_client
 
     # Keys and arguments -----------------------------------------------------------------------------------------------
 
