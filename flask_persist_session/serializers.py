@@ -235,7 +235,7 @@ def _exact_extension(kind: _Kind, value: Any, depth: int) -> ormsgpack.Ext:
     return ormsgpack.Ext(kind.number, packed)
 
 
-def _unpack(packed: bytes) -> Any:
+def _unpack(packed: bytes | memoryview) -> Any:
     return ormsgpack.unpackb(packed, ext_hook=_load_extension)
 
 
@@ -362,7 +362,7 @@ class Serializer(ABC):
         """Raises ``SerializationError`` naming the key path of what cannot be stored."""
 
     @abstractmethod
-    def loads(self, payload: bytes) -> Any:
+    def loads(self, payload: memoryview) -> Any:
         """Raises ``SerializationError`` saying what is wrong with the payload."""
 
 
@@ -377,7 +377,7 @@ class MsgpackSerializer(Serializer):
         except _Unstorable as error:
             raise _unstorable(error) from error.__cause__
 
-    def loads(self, payload: bytes) -> Any:
+    def loads(self, payload: memoryview) -> Any:
         try:
             return _unpack(payload)
         except DAMAGED as error:
@@ -395,9 +395,9 @@ class JSONSerializer(Serializer):
         except _Unstorable as error:
             raise _unstorable(error) from error.__cause__
 
-    def loads(self, payload: bytes) -> Any:
+    def loads(self, payload: memoryview) -> Any:
         try:
-            return _untagged(json.loads(payload))
+            return _untagged(json.loads(bytes(payload)))
         except DAMAGED as error:
             raise SerializationError(f"the payload is no JSON of this package: {error}") from error
 
@@ -421,8 +421,8 @@ class PickleSerializer(Serializer):
             raise SerializationError(f"session{_unpicklable_path(data)} cannot be pickled: {error}") from error
         return self._signer().get_signature(pickled) + b"." + pickled
 
-    def loads(self, payload: bytes) -> Any:
-        signature, _, pickled = payload.partition(b".")
+    def loads(self, payload: memoryview) -> Any:
+        signature, _, pickled = bytes(payload).partition(b".")
         if not self._signer().verify_signature(pickled, signature):
             raise SerializationError("the pickled payload is not signed by this application's secret keys")
         try:
@@ -499,7 +499,7 @@ class Codec:
         if reader is None:
             hint = '; set PERSIST_SESSION_SERIALIZER = "pickle" to read it' if payload[0] == 3 else ""
             raise SerializationError(f"the payload's envelope 0x{payload[0]:02x} is unknown{hint}")
-        data = reader.loads(payload[1:])
+        data = reader.loads(memoryview(payload)[1:])
         if type(data) is not dict:
             raise SerializationError(f"the payload holds a {type(data).__name__} and not a mapping")
         return data
@@ -542,7 +542,7 @@ def pack_record(record: SessionRecord) -> bytes:
     )
 
 
-def unpack_record(packed: bytes) -> SessionRecord:
+def unpack_record(packed: bytes | memoryview) -> SessionRecord:
     """The record that ``pack_record`` packed. Raises ``SerializationError`` for anything else."""
     try:
         fields = ormsgpack.unpackb(packed)

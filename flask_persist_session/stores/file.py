@@ -38,7 +38,7 @@ from .base import SessionStore, check_save, conflict, log_unreadable, order_and_
 _SUFFIX = ".session"
 #: A file is rewritten once it is larger than this and than so many times its newest frame. A rewrite costs as much as
 #: some fifty appends.
-_SMALLEST_REWRITE = 64 * 1024
+_SMALLEST_REWRITE = 128 * 1024
 _REWRITE_FACTOR = 8
 #: How much of the end of a file is read at once: most frames fit.
 _TAIL = 8192
@@ -92,15 +92,18 @@ class FileStore(SessionStore):
         frame = _frame(record.version, pack_record(record))
         path = self._path(record.id)
         try:
-            file = _lock(path, create=expected == 0)
+            handle, size = _lock(path, create=expected == 0)
             try:
-                if not file.has_version(expected):
+                end = _end_of_version(handle, size, expected)
+                if end is None:
                     raise conflict(record.id, expected)
                 if expected == 0:
                     self._index(record)
-                self._append(path, file, frame)
+                if end < size:
+                    os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
+                self._append(path, handle, end, frame)
             finally:
-                _unlock(file.handle)
+                _unlock(handle)
         except OSError as error:
             raise _failure(error) from error
 
@@ -109,15 +112,16 @@ class FileStore(SessionStore):
             return False
         path = self._path(session_id)
         try:
-            file = _lock(path, create=False)
+            handle, size = _lock(path, create=False)
             try:
-                if file.handle == _NO_FILE or (expected is not None and not file.has_version(expected)):
+                wrong = expected is not None and _end_of_version(handle, size, expected) is None
+                if handle == _NO_FILE or wrong:
                     return False
                 os.unlink(path)
-                self._unindex(file.last)
+                self._unindex(_last_frame(handle, size))
                 return True
             finally:
-                _unlock(file.handle)
+                _unlock(handle)
         except OSError as error:
             raise _failure(error) from error
 
@@ -138,7 +142,7 @@ class FileStore(SessionStore):
         path = os.path.join(self._folder, "leases", name)
         holder = f"{os.getpid()}:{self._holder}"
         try:
-            handle, _ = _open_locked(path, os.O_RDWR | os.O_CREAT)
+            handle, _ = _lock(path, create=True)
             try:
                 until, _, present = os.pread(handle, 200, 0).decode().partition(" ")
                 if until and present != holder and time.time() < float(until):
@@ -156,20 +160,17 @@ class FileStore(SessionStore):
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{_SUFFIX}"
 
-    def _append(self, path: str, file: _File, frame: bytes) -> None:
-        end = file.last.end if file.last else 0
+    def _append(self, path: str, handle: int, end: int, frame: bytes) -> None:
         if end + len(frame) > max(_SMALLEST_REWRITE, _REWRITE_FACTOR * len(frame)):
             self._rewrite(path, frame)
             return
-        if end < file.size:
-            os.ftruncate(file.handle, end)  # what a writer left that was stopped in the middle
         try:
-            _write(file.handle, frame, end)
+            _write(handle, frame, end)
             if self._fsync:
-                os.fsync(file.handle)
+                os.fsync(handle)
         except OSError:
             # Half a frame would be cut off by the next save anyway; this gives back the room at once.
-            os.ftruncate(file.handle, end)
+            os.ftruncate(handle, end)
             if end == 0:
                 os.unlink(path)
             raise
@@ -237,14 +238,15 @@ _AROUND = _HEADER.size + _TRAILER.size
 
 class _Frame(NamedTuple):
     version: int
-    record: bytes
+    record: memoryview
     end: int
     """Offset in the file at which the next frame starts."""
 
 
 def _frame(version: int, record: bytes) -> bytes:
     signed = _SIGNED.pack(len(record), version)
-    return signed + _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record)) + record + _TRAILER.pack(len(record))
+    checksums = _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record))
+    return b"".join((signed, checksums, record, _TRAILER.pack(len(record))))
 
 
 def _header_at(content: bytes, start: int) -> tuple[int, int, int] | None:
@@ -263,7 +265,7 @@ def _frame_at(content: bytes, start: int, offset: int) -> _Frame | None:
         return None
     length, version, checksum = header
     end = start + length + _AROUND
-    record = content[start + _HEADER.size : end - _TRAILER.size]
+    record = memoryview(content)[start + _HEADER.size : end - _TRAILER.size]
     if end > len(content) or checksum != zlib.crc32(record):
         return None
     return _Frame(version, record, offset + end)
@@ -299,37 +301,46 @@ def _is_unfinished(content: bytes) -> bool:
     return len(content) < _HEADER.size if header is None else len(content) < header[0] + _AROUND
 
 
-class _File(NamedTuple):
-    """A session's file while it is locked for this thread alone."""
+def _end_of_version(handle: int, size: int, expected: int) -> int | None:
+    """Where the next frame goes if the newest intact record is of version *expected*, otherwise ``None``.
 
-    handle: int
-    """``_NO_FILE`` if there is none."""
-    size: int
-    last: _Frame | None
+    Version 0 is a file in which nothing was ever saved, not even anything that is damaged now.
+    """
+    if handle == _NO_FILE:
+        return None
+    if expected and _version_at_end(handle, size) == expected:
+        return size  # whether the record is intact need not be known to write another one behind it
+    last = _last_frame(handle, size)
+    if last is not None:
+        return last.end if last.version == expected else None
+    return 0 if expected == 0 and _is_unfinished(_read_range(handle, size, 0)) else None
 
-    def has_version(self, expected: int) -> bool:
-        """Whether the newest record is of version *expected*; 0: whether there is none, not even a damaged one."""
-        if self.last is not None:
-            return self.last.version == expected
-        return self.handle != _NO_FILE and expected == 0 and _is_unfinished(_read_range(self.handle, self.size, 0))
 
+def _version_at_end(handle: int, size: int) -> int | None:
+    """The version in the header of the frame that ends with the file, if there is such a frame."""
+    if size < _AROUND:
+        return None
+    (length,) = _TRAILER.unpack(os.pread(handle, _TRAILER.size, size - _TRAILER.size))
+    start = size - length - _AROUND
+    header = _header_at(os.pread(handle, _HEADER.size, start), 0) if start >= 0 else None
+    return header[1] if header and header[0] == length else None
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
 
 _NO_FILE = -1
 
 
-def _lock(path: str, *, create: bool) -> _File:
-    """Lock a session's file, made if need be with *create*, until ``_unlock``."""
-    try:
-        handle, size = _open_locked(path, os.O_RDWR | (os.O_CREAT if create else 0))
-    except FileNotFoundError:
-        return _File(_NO_FILE, 0, None)
-    return _File(handle, size, _last_frame(handle, size))
+def _lock(path: str, *, create: bool) -> tuple[int, int]:
+    """Open a file, made if need be with *create*, and lock it for this thread alone until ``_unlock``.
 
-
-def _open_locked(path: str, flags: int) -> tuple[int, int]:
-    """Open and lock a file; returns its handle and size."""
+    Returns its handle and size; ``_NO_FILE`` and 0 if there is none.
+    """
     while True:
-        handle = _open(path, flags)
+        try:
+            handle = _open(path, os.O_RDWR | (os.O_CREAT if create else 0))
+        except FileNotFoundError:
+            return _NO_FILE, 0
         fcntl.flock(handle, fcntl.LOCK_EX)
         found = os.fstat(handle)
         # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
@@ -393,13 +404,14 @@ def _read(path: str) -> _Frame | None:
 
 def _read_locked(path: str) -> _Frame | None:
     """The same once nobody writes any more: a file without an intact frame may be about to get its first."""
-    file = _lock(path, create=False)
+    handle, size = _lock(path, create=False)
     try:
-        if file.handle != _NO_FILE and file.last is None:
+        frame = None if handle == _NO_FILE else _last_frame(handle, size)
+        if handle != _NO_FILE and frame is None:
             raise SerializationError(f"the file {path} has no intact frame")
-        return file.last
+        return frame
     finally:
-        _unlock(file.handle)
+        _unlock(handle)
 
 
 def _read_range(handle: int, size: int, offset: int) -> bytes:
