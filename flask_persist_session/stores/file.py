@@ -38,7 +38,7 @@ from .base import SessionStore, check_save, conflict, log_unreadable, order_and_
 _SUFFIX = ".session"
 #: A file is rewritten once it is larger than this and than so many times its newest frame. A rewrite costs as much as
 #: some fifty appends.
-_SMALLEST_REWRITE = 128 * 1024
+_SMALLEST_REWRITE = 64 * 1024
 _REWRITE_FACTOR = 8
 #: How much of the end of a file is read at once: most frames fit.
 _TAIL = 8192
