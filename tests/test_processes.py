@@ -264,8 +264,9 @@ def save_until_killed(url: str, acknowledge: Connection) -> None:
         acknowledge.send(version)
 
 
+@pytest.mark.parametrize("saves", [1000, pytest.param(20_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_writer_loses_nothing_acknowledged(kind: str, new_url: Callable[[str], str]) -> None:
+def test_a_killed_writer_loses_nothing_acknowledged(kind: str, saves: int, new_url: Callable[[str], str]) -> None:
     """A process killed at any moment of a save leaves the last version that was acknowledged, or the one under way."""
     seed = random.randrange(2**32)
     print("seed", seed)
@@ -274,7 +275,7 @@ def test_a_killed_writer_loses_nothing_acknowledged(kind: str, new_url: Callable
     store = open_store(url)
     store.save(replace(RECORD, data=payload(1)), expected=0)
     version = 1
-    while version < 1000:
+    while version < saves:
         ours, theirs = PROCESSES.Pipe(duplex=False)
         writer = PROCESSES.Process(target=save_until_killed, args=(url, theirs))
         try:
