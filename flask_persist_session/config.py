@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from .exceptions import ConfigError
 from .serializers import SERIALIZERS
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .stores.base import SessionStore
 
 PREFIX = "PERSIST_SESSION_"
+CapPolicy: TypeAlias = Literal["evict_oldest", "reject"]
+_POLICIES = ("evict_oldest", "reject")
 #: The longest duration, 100 years in seconds: later moments have no date.
 LONGEST = 100 * 365 * 86400.0
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -41,6 +43,13 @@ class Config:
     """Seconds between two renewals of the same session; 0: each request renews, as Flask does."""
     keep_ended: float = 86400.0
     """Seconds for which a session that was ended is remembered, so that its user can be told why."""
+    user_key: str | None = "_user_id"
+    """Key of the session under which the application keeps its user (``"_user_id"`` is Flask-Login's): when its value
+    changes, the session is bound to that user under a new token. ``None``: only ``session.bind`` does so."""
+    max_per_user: int = 0
+    """How many active sessions a user may have; 0: any number."""
+    cap_policy: CapPolicy = "evict_oldest"
+    """What a sign-in beyond that does: ``evict_oldest`` ends the oldest session, ``reject`` refuses the new one."""
     max_bytes: int = 1024 * 1024
     """Largest encoded payload of one session, in bytes."""
     no_store: bool = False
@@ -115,6 +124,24 @@ def _size(key: str, value: Any) -> int:
     return value
 
 
+def _count(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _wrong(key, value, "a whole number, 0 for no limit")
+    return value
+
+
+def _key(key: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise _wrong(key, value, "the name of a key of the session, or None")
+    return value
+
+
+def _policy(key: str, value: Any) -> CapPolicy:
+    if value not in _POLICIES:
+        raise _wrong(key, value, f"one of {', '.join(_POLICIES)}")
+    return cast(CapPolicy, value)
+
+
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(key, value, "True or False (true or false in the environment)")
@@ -144,6 +171,9 @@ _CHECKS = {
     "absolute_timeout": _timeout,
     "renew_interval": _duration,
     "keep_ended": _duration,
+    "user_key": _key,
+    "max_per_user": _count,
+    "cap_policy": _policy,
     "max_bytes": _size,
     "no_store": _flag,
     "enabled": _flag,

@@ -30,6 +30,10 @@ class SessionNotFound(PersistSessionError):
     """No live session has that id."""
 
 
+class SessionLimitReached(PersistSessionError):
+    """No further session is allowed; inside a request this becomes an HTTP 409."""
+
+
 class StoreError(PersistSessionError):
     """The store failed; what was stored before is unchanged. The driver's error is the ``__cause__``."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flask import Flask, Response, current_app
-from werkzeug.exceptions import ServiceUnavailable
+from werkzeug.exceptions import Conflict, ServiceUnavailable
 
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
-from .exceptions import ConfigError, StoreUnavailable
+from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
 from .serializers import Codec
@@ -66,12 +66,16 @@ class PersistSession:
             renew_interval=config.renew_interval,
             keep_ended=config.keep_ended,
             max_bytes=config.max_bytes,
+            user_key=config.user_key,
+            max_per_user=config.max_per_user,
+            cap_policy=config.cap_policy,
             sender=app,
         )
         app.extensions[_KEY] = _State(config, store, manager)
         app.session_interface = PersistSessionInterface(manager, no_store=config.no_store)
-        if StoreUnavailable not in app.error_handler_spec[None][None]:
-            app.register_error_handler(StoreUnavailable, _answer_unavailable)
+        for kind, handler in ((StoreUnavailable, _answer_unavailable), (SessionLimitReached, _answer_limit)):
+            if kind not in app.error_handler_spec[None][None]:
+                app.register_error_handler(kind, handler)
         app.cli.add_command(sessions_cli)
 
     @property
@@ -110,4 +114,9 @@ def _answer_unavailable(error: StoreUnavailable) -> Response:
     answer = current_app.handle_http_exception(
         ServiceUnavailable("The session store cannot be reached. Please try again shortly.", retry_after=_RETRY_AFTER)
     )
+    return current_app.make_response(answer)
+
+
+def _answer_limit(error: SessionLimitReached) -> Response:
+    answer = current_app.handle_http_exception(Conflict("You are signed in too often. Sign out elsewhere first."))
     return current_app.make_response(answer)

@@ -16,7 +16,8 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from . import tokens
-from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
+from .config import CapPolicy
+from .exceptions import SerializationError, SessionConflict, SessionLimitReached, SessionTooLarge, StoreError
 from .records import JSON, Deletion, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec, dump_metadata
 from .signals import (
@@ -93,6 +94,24 @@ class StoredSession:
         return "expired" if self.state == "expired" else self.record.end_reason
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose session it is: a user within a tenant, both as ``str``; ``NOBODY`` for a visitor."""
+
+    user_id: str | None = None
+    tenant_id: str | None = None
+
+    @classmethod
+    def of(cls, user_id: object, tenant_id: object = None) -> Owner:
+        """An owner of any values: 7 and "7" are the same user, ``None`` is nobody."""
+        if user_id is None:
+            return NOBODY
+        return cls(str(user_id), None if tenant_id is None else str(tenant_id))
+
+
+NOBODY = Owner()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanupReport:
     """What a cleanup removed, or with *dry_run* would remove: sessions that had expired, ended, or were idle too long."""
@@ -118,6 +137,9 @@ class SessionManager:
     :param renew_interval: seconds between two renewals of a session.
     :param keep_ended: seconds for which an ended session is remembered with its reason.
     :param max_bytes: largest encoded payload.
+    :param user_key: the key of the session data under which an application keeps its user; ``None``: none.
+    :param max_per_user: how many active sessions a user may have within a tenant; 0: any number.
+    :param cap_policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
     :param clock: returns the current time in seconds since the epoch.
     :param sender: sender of the signals; the manager itself if not given.
     """
@@ -132,6 +154,9 @@ class SessionManager:
         renew_interval: float = 60.0,
         keep_ended: float = 86400.0,
         max_bytes: int = 1024 * 1024,
+        user_key: str | None = None,
+        max_per_user: int = 0,
+        cap_policy: CapPolicy = "evict_oldest",
         clock: Callable[[], float] = time.time,
         sender: object = None,
     ) -> None:
@@ -143,6 +168,9 @@ class SessionManager:
         self._absolute_timeout = absolute_timeout
         self._keep_ended = keep_ended
         self._max_bytes = max_bytes
+        self._user_key = user_key
+        self._max_per_user = max_per_user
+        self._cap_policy = cap_policy
         self._sender = sender or self
 
     # Creating and loading ---------------------------------------------------------------------------------------------
@@ -162,10 +190,11 @@ class SessionManager:
         searched, *tags* are labels.
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
-        JSON, ``SessionTooLarge``, ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
+        JSON, ``SessionTooLarge``, ``SessionLimitReached`` if the user has too many and the policy is to refuse,
+        ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
         """
         dump_metadata(metadata or {})
-        return self._create(
+        created = self._create(
             {} if data is None else data,
             created_at=self.clock(),
             user_id=None if user_id is None else str(user_id),
@@ -173,6 +202,8 @@ class SessionManager:
             metadata=metadata or {},
             tags=frozenset(tags),
         )
+        self._apply_cap(created.record)
+        return created
 
     def _create(
         self,
@@ -208,13 +239,13 @@ class SessionManager:
                 raise
         return StoredSession(record, data, token=token)
 
-    def _create_like(self, record: SessionRecord, data: dict[str, Any], created_at: float) -> StoredSession:
-        """A new session of the same user, tenant, tags and metadata."""
+    def _create_like(self, record: SessionRecord, data: dict[str, Any], owner: Owner, created_at: float) -> StoredSession:
+        """A new session of the same tags and metadata."""
         return self._create(
             data,
             created_at=created_at,
-            user_id=record.user_id,
-            tenant_id=record.tenant_id,
+            user_id=owner.user_id,
+            tenant_id=owner.tenant_id,
             metadata=record.metadata,
             tags=record.tags,
         )
@@ -387,15 +418,31 @@ class SessionManager:
         What others change under the old token until it ends is taken along. The absolute timeout goes on counting.
         Raises as ``save`` does; then the old session is as it was.
         """
+        record = session.record
+        return self._move(session, Owner(record.user_id, record.tenant_id), record.created_at)
+
+    def bind(self, session: StoredSession, owner: Owner) -> StoredSession | None:
+        """Move the session's data to a new token as the session of *owner*; ``None`` if it has ended meanwhile.
+
+        The user has signed in (or out, for ``NOBODY``): the absolute timeout starts anew, and the cap of the owner's
+        sessions is applied. Raises as ``regenerate`` does, and ``SessionLimitReached`` if the policy is to refuse.
+        """
+        return self._move(session, owner, self.clock())
+
+    def _move(self, session: StoredSession, owner: Owner, created_at: float) -> StoredSession | None:
         # The new session is stored first: whoever fails between the two steps leaves the old one as it was.
-        moved = self._create_like(session.record, session.data, session.record.created_at)
+        moved = self._create_like(session.record, session.data, owner, created_at)
         ended = False
         try:
+            if self._cap_policy == "reject":
+                self._apply_cap(moved.record, replaced=session.id)
             ended = self._end_moved(session.record, moved)
         finally:
             if not ended:
                 with suppress(StoreError):  # nobody has its token, and it expires
                     self.store.delete(moved.id)
+        if ended and self._cap_policy != "reject":
+            self._apply_cap(moved.record)
         return moved if ended else None
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
@@ -415,14 +462,25 @@ class SessionManager:
             base, record = current.record.data, current.record
         raise _too_many(record.id, "regenerated")
 
-    def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession:
-        """Store *data* as a new session under a new token and end the old one, taking nothing else along.
+    def restart(self, session: StoredSession, data: dict[str, Any], owner: Owner = NOBODY) -> StoredSession:
+        """Store *data* as a new session of *owner* under a new token and end the old one, taking nothing else along.
 
         Raises as ``create`` does; then the old session is as it was.
         """
-        fresh = self.create(data)
+        created = self._create(
+            data,
+            created_at=self.clock(),
+            user_id=owner.user_id,
+            tenant_id=owner.tenant_id,
+            metadata={},
+            tags=frozenset(),
+        )
+        if self._cap_policy == "reject":
+            self._apply_cap(created.record, replaced=session.id)
         self._end(session.id, "regenerated")
-        return fresh
+        if self._cap_policy != "reject":
+            self._apply_cap(created.record)
+        return created
 
     def flush(self, session: StoredSession) -> Outcome:
         """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
@@ -474,6 +532,48 @@ class SessionManager:
     def delete(self, session_id: str) -> bool:
         """Remove the session without a trace; say whether it was there. Raises ``StoreError``."""
         return is_session_id(session_id) and self.store.delete(session_id)
+
+    # Users ------------------------------------------------------------------------------------------------------------
+
+    def user_value(self, data: Mapping[str, Any]) -> str | None:
+        """The user that the application keeps in its session data, as ``str``; ``None`` for nobody."""
+        value = data.get(self._user_key) if self._user_key is not None else None
+        return None if value is None else str(value)
+
+    def revoke(self, session_id: str) -> bool:
+        """End the session from outside, with the reason ``"revoked"``; say whether it was active. Raises as ``end``."""
+        return self.end(session_id, "revoked")
+
+    def revoke_user(self, user_id: object, tenant_id: object = None, *, except_id: str | None = None) -> int:
+        """End all active sessions of a user, of every tenant if none is given, except one; say how many there were.
+
+        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list.
+        """
+        owner = Owner.of(user_id, tenant_id)
+        query = SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id, state="active", now=self.clock())
+        ids = [record.id for record in self.store.find(query) if record.id != except_id]
+        return sum(self.revoke(session_id) for session_id in ids)
+
+    def _apply_cap(self, record: SessionRecord, *, replaced: str | None = None) -> None:
+        """End what exceeds the cap of the user of *record*, which was just stored and may replace another session.
+
+        Every sign-in stores first and looks then, in an order that is the same for all: so the last of many at once
+        sees them all, and exactly as many as allowed are left. Raises ``SessionLimitReached`` if *record* itself goes.
+        """
+        if self._max_per_user == 0 or record.user_id is None:
+            return
+        query = SessionQuery(user_id=record.user_id, state="active", now=self.clock())
+        live = [other for other in self.store.find(query) if other.tenant_id == record.tenant_id and other.id != replaced]
+        live.sort(key=lambda other: (other.created_at, other.id))
+        rejecting = self._cap_policy == "reject"
+        surplus = live[self._max_per_user :] if rejecting else live[: -self._max_per_user]
+        for other in surplus:
+            self._end(other.id, "rejected" if rejecting else "evicted")
+        if rejecting and any(other.id == record.id for other in surplus):
+            raise SessionLimitReached(
+                f"the user {record.user_id!r} has {self._max_per_user} sessions, and PERSIST_SESSION_MAX_PER_USER "
+                "allows no more; end one of them first"
+            )
 
     # The whole store --------------------------------------------------------------------------------------------------
 

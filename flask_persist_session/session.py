@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from flask.sessions import SessionMixin
 
 from .exceptions import StoreError
-from .manager import Outcome, SessionManager, StoredSession
+from .manager import NOBODY, Outcome, Owner, SessionManager, StoredSession
 from .tokens import session_id
 
 #: Values of these types cannot change in place, so handing one out needs no look at the end whether it changed.
@@ -40,6 +40,8 @@ class Session(SessionMixin):
         self._forced: bool | None = None  # what the application said through ``modified``
         self._cleared = False
         self._regenerate = False
+        self._owner: Owner | None = None  # whom the application bound it to
+        self._user_value: Any = None  # what stood under the user key when it was loaded
         self._frozen = False  # the session has ended: this request stores nothing any more
         self._failure: StoreError | None = None  # why it could not be loaded
 
@@ -66,6 +68,7 @@ class Session(SessionMixin):
     def _open(self, found: StoredSession | None, token: str | None) -> None:
         if found is None or found.state == "active":
             self._stored, self._token = found, token
+            self._user_value = None if found is None else self._manager.user_value(found.data)
             return
         self._closed = found
         # A request that was under way when its session moved to a new token must not start another one: its cookie
@@ -196,6 +199,31 @@ class Session(SessionMixin):
         if self._forced is False:
             self._forced = None  # what protects the user is not taken back by accident
 
+    def bind(self, user_id: object, tenant_id: object = None) -> None:
+        """Make it the session of a user when it is saved, under a new token: the user has signed in.
+
+        *user_id* and *tenant_id* are kept as ``str``. The old token opens nothing any more, the absolute timeout starts
+        anew and the cap of the user's sessions is applied. Raises ``ValueError`` if *user_id* is ``None``.
+        """
+        if user_id is None:
+            raise ValueError("bind needs a user; unbind() makes it nobody's session")
+        self._load()
+        self._owner = Owner.of(user_id, tenant_id)
+        self._forced = None if self._forced is False else self._forced
+
+    def unbind(self) -> None:
+        """Make it nobody's session when it is saved, under a new token: the user has signed out, the data stays."""
+        self._load()
+        self._owner = NOBODY
+        self._forced = None if self._forced is False else self._forced
+
+    def _new_owner(self, data: dict[str, Any]) -> Owner | None:
+        """Whose session it becomes; ``None`` if that has not changed."""
+        if self._owner is not None:
+            return self._owner
+        value = self._manager.user_value(data)
+        return None if value == self._user_value and not self._cleared else Owner.of(value)
+
     def flush(self) -> None:
         """Remove everything and delete the session when it is saved; what is put in afterwards starts a new one."""
         self.clear()
@@ -226,22 +254,27 @@ class Session(SessionMixin):
         return self._stored is not None
 
     def _store(self, data: dict[str, Any], renewal: Renewal) -> None:
-        wanted = self._changed or self._exposed or self._regenerate if self._forced is None else self._forced
+        owner = self._new_owner(data)
+        asked = self._regenerate or owner is not None
+        wanted = self._changed or self._exposed or asked if self._forced is None else self._forced
         if self._frozen or self._failure is not None:
             self._drop_changes()
         elif self._stored is None:
-            self._store_new(data, wanted)
+            self._store_new(data, wanted, owner or NOBODY)
         elif wanted and self._changed and not data:
             self._delete(self._stored)
         elif wanted and self._cleared:
-            self._adopt(self._manager.restart(self._stored, data))
+            self._adopt(self._manager.restart(self._stored, data, owner or NOBODY))
+        elif wanted and owner is not None:
+            self._adopt(self._manager.bind(self._stored, owner))
         elif wanted and self._regenerate:
             self._adopt(self._manager.regenerate(self._stored))
         elif wanted:
             self._save(self._stored, renewal)
         elif renewal == "yes":
             self._finish_save(self._manager.renew(self._stored), "renew")
-        self._changed, self._forced, self._cleared, self._regenerate = False, None, False, False
+        self._changed, self._forced, self._cleared, self._regenerate, self._owner = False, None, False, False, None
+        self._user_value = self._manager.user_value(data)
 
     def _drop_changes(self) -> None:
         if self._changed and self._failure is not None:
@@ -249,9 +282,9 @@ class Session(SessionMixin):
         if self._changed and self._closed is not None:
             self._manager.discard(self._closed.id, self._closed.end_reason)
 
-    def _store_new(self, data: dict[str, Any], wanted: bool) -> None:
-        if wanted and data:
-            self._adopt(self._manager.create(data))
+    def _store_new(self, data: dict[str, Any], wanted: bool, owner: Owner) -> None:
+        if wanted and (data or owner is not NOBODY):
+            self._adopt(self._manager.create(data, user_id=owner.user_id, tenant_id=owner.tenant_id))
         elif self._forced or (wanted and self._changed):
             self._cookie = "delete"
 
