@@ -12,22 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from . import tokens
+from blinker import Signal
+
+from . import signals, tokens
 from .config import CapPolicy
 from .exceptions import SerializationError, SessionConflict, SessionLimitReached, SessionTooLarge, StoreError
 from .records import JSON, Deletion, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec, dump_metadata
-from .signals import (
-    SessionConflicted,
-    SessionCorrupt,
-    SessionDiscarded,
-    session_conflict,
-    session_corrupt,
-    session_discarded,
-)
 from .stores.base import SessionStore
 
 log = logging.getLogger("flask_persist_session")
@@ -202,8 +197,24 @@ class SessionManager:
             metadata=metadata or {},
             tags=frozenset(tags),
         )
-        self._apply_cap(created.record)
+        self._admit(created.record)
+        self._announce(created.record)
+        self._evict(created.record)
         return created
+
+    def _announce(self, record: SessionRecord) -> None:
+        """Send the events of a new session."""
+        event = signals.SessionCreated(session_id=record.id, user_id=record.user_id, tenant_id=record.tenant_id)
+        self._send(signals.session_created, event)
+        self._announce_owner(record)
+
+    def _announce_owner(self, record: SessionRecord) -> None:
+        if record.user_id is not None:
+            event = signals.SessionBound(session_id=record.id, user_id=record.user_id, tenant_id=record.tenant_id)
+            self._send(signals.session_bound, event)
+
+    def _send(self, signal: Signal, event: object) -> None:
+        signal.send(self._sender, event=event)
 
     def _create(
         self,
@@ -295,7 +306,7 @@ class SessionManager:
 
     def _report_corrupt(self, session_id: str, error: SerializationError) -> None:
         log.error("session %s cannot be read and is treated as missing: %s", session_id, error)
-        session_corrupt.send(self._sender, event=SessionCorrupt(session_id=session_id, error=str(error)))
+        self._send(signals.session_corrupt, signals.SessionCorrupt(session_id=session_id, error=str(error)))
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
@@ -357,9 +368,12 @@ class SessionManager:
                     self._delete_version(record)
                     return "deleted"
                 session.record = self._write(record, payload, renew=renew)
-                return "saved"
             except SessionConflict:
-                session_conflict.send(self._sender, event=SessionConflicted(session_id=record.id, attempt=attempt))
+                self._send(signals.session_conflict, signals.SessionConflicted(session_id=record.id, attempt=attempt))
+            else:
+                event = signals.SessionSaved(session_id=record.id, version=session.record.version)
+                self._send(signals.session_saved, event)
+                return "saved"
             _pause(attempt)
             current = self._current(record.id)
             if current is None:
@@ -374,6 +388,7 @@ class SessionManager:
     def _delete_version(self, record: SessionRecord) -> None:
         if not self.store.delete(record.id, expected=record.version):
             raise SessionConflict(f"session {record.id} was changed meanwhile")
+        self._send(signals.session_deleted, signals.SessionDeleted(session_id=record.id))
 
     def _current(self, session_id: str) -> StoredSession | None:
         """The session as it is now, if it is still active; otherwise say that a change is discarded.
@@ -388,7 +403,7 @@ class SessionManager:
 
     def discard(self, session_id: str, reason: str | None) -> None:
         """Say that a change to a session was dropped because it had ended for *reason*."""
-        session_discarded.send(self._sender, event=SessionDiscarded(session_id=session_id, reason=reason))
+        self._send(signals.session_discarded, signals.SessionDiscarded(session_id=session_id, reason=reason))
 
     def _merge(self, base: bytes, mine: dict[str, Any], theirs: StoredSession) -> dict[str, Any]:
         """Their data with the keys that *mine* changed against *base*; all by their encoded form, so that types count."""
@@ -434,16 +449,26 @@ class SessionManager:
         moved = self._create_like(session.record, session.data, owner, created_at)
         ended = False
         try:
-            if self._cap_policy == "reject":
-                self._apply_cap(moved.record, replaced=session.id)
+            self._admit(moved.record, replaced=session.id)
             ended = self._end_moved(session.record, moved)
         finally:
             if not ended:
                 with suppress(StoreError):  # nobody has its token, and it expires
                     self.store.delete(moved.id)
-        if ended and self._cap_policy != "reject":
-            self._apply_cap(moved.record)
-        return moved if ended else None
+        if not ended:
+            return None
+        self._send(signals.session_regenerated, signals.SessionRegenerated(session_id=moved.id, old_id=session.id))
+        self._announce_change_of_owner(session.record, moved.record)
+        self._evict(moved.record)
+        return moved
+
+    def _announce_change_of_owner(self, before: SessionRecord, after: SessionRecord) -> None:
+        if (before.user_id, before.tenant_id) == (after.user_id, after.tenant_id):
+            return
+        self._announce_owner(after)
+        if after.user_id is None and before.user_id is not None:
+            event = signals.SessionUnbound(session_id=after.id, user_id=before.user_id, tenant_id=before.tenant_id)
+            self._send(signals.session_unbound, event)
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
         """End the old session of *moved*, taking along what was changed there; ``False`` if it ended by other means."""
@@ -475,11 +500,10 @@ class SessionManager:
             metadata={},
             tags=frozenset(),
         )
-        if self._cap_policy == "reject":
-            self._apply_cap(created.record, replaced=session.id)
+        self._admit(created.record, replaced=session.id)
+        self._announce(created.record)
         self._end(session.id, "regenerated")
-        if self._cap_policy != "reject":
-            self._apply_cap(created.record)
+        self._evict(created.record)
         return created
 
     def flush(self, session: StoredSession) -> Outcome:
@@ -489,9 +513,12 @@ class SessionManager:
         """
         record = session.record
         for attempt in range(1, _ATTEMPTS + 1):
-            if self.store.delete(record.id, expected=record.version):
+            try:
+                self._delete_version(record)
+            except SessionConflict:
+                _pause(attempt)
+            else:
                 return "deleted"
-            _pause(attempt)
             current = self._current(record.id)
             if current is None:
                 return "discarded"
@@ -516,9 +543,12 @@ class SessionManager:
                 return False
             try:
                 self._close(session.record, reason)
-                return True
             except SessionConflict:
                 _pause(attempt)
+            else:
+                event = signals.SessionEnded(session_id=session_id, user_id=session.user_id, reason=reason)
+                self._send(signals.session_ended, event)
+                return True
         raise _too_many(session_id, "ended")
 
     def _close(self, record: SessionRecord, reason: str) -> None:
@@ -531,7 +561,10 @@ class SessionManager:
 
     def delete(self, session_id: str) -> bool:
         """Remove the session without a trace; say whether it was there. Raises ``StoreError``."""
-        return is_session_id(session_id) and self.store.delete(session_id)
+        deleted = is_session_id(session_id) and self.store.delete(session_id)
+        if deleted:
+            self._send(signals.session_deleted, signals.SessionDeleted(session_id=session_id))
+        return deleted
 
     # Users ------------------------------------------------------------------------------------------------------------
 
@@ -554,26 +587,40 @@ class SessionManager:
         ids = [record.id for record in self.store.find(query) if record.id != except_id]
         return sum(self.revoke(session_id) for session_id in ids)
 
-    def _apply_cap(self, record: SessionRecord, *, replaced: str | None = None) -> None:
-        """End what exceeds the cap of the user of *record*, which was just stored and may replace another session.
+    # Every sign-in stores first and looks then, in an order that is the same for all: the last of many at once sees them
+    # all, so exactly as many as allowed are left.
 
-        Every sign-in stores first and looks then, in an order that is the same for all: so the last of many at once
-        sees them all, and exactly as many as allowed are left. Raises ``SessionLimitReached`` if *record* itself goes.
+    def _admit(self, record: SessionRecord, *, replaced: str | None = None) -> None:
+        """With the policy ``reject``: take back *record*, just stored in place of *replaced*, if it exceeds the cap.
+
+        Raises ``SessionLimitReached`` then. Other sessions beyond the cap were let in by sign-ins at the same moment.
         """
-        if self._max_per_user == 0 or record.user_id is None:
+        if self._cap_policy != "reject":
             return
-        query = SessionQuery(user_id=record.user_id, state="active", now=self.clock())
-        live = [other for other in self.store.find(query) if other.tenant_id == record.tenant_id and other.id != replaced]
-        live.sort(key=lambda other: (other.created_at, other.id))
-        rejecting = self._cap_policy == "reject"
-        surplus = live[self._max_per_user :] if rejecting else live[: -self._max_per_user]
+        surplus = [other for other in self._live(record) if other.id != replaced][self._max_per_user :]
         for other in surplus:
-            self._end(other.id, "rejected" if rejecting else "evicted")
-        if rejecting and any(other.id == record.id for other in surplus):
+            if other.id != record.id:
+                self._end(other.id, "rejected")
+        if any(other.id == record.id for other in surplus):
+            self.store.delete(record.id)
             raise SessionLimitReached(
                 f"the user {record.user_id!r} has {self._max_per_user} sessions, and PERSIST_SESSION_MAX_PER_USER "
                 "allows no more; end one of them first"
             )
+
+    def _evict(self, record: SessionRecord) -> None:
+        """With the policy ``evict_oldest``: end what exceeds the cap now that *record* is there."""
+        if self._cap_policy == "evict_oldest":
+            for other in self._live(record)[: -self._max_per_user]:
+                self._end(other.id, "evicted")
+
+    def _live(self, record: SessionRecord) -> list[SessionRecord]:
+        """The active sessions of the user of *record*, oldest first; none if there is no cap or no user."""
+        if self._max_per_user == 0 or record.user_id is None:
+            return []
+        query = SessionQuery(user_id=record.user_id, state="active", now=self.clock())
+        live = [other for other in self.store.find(query) if other.tenant_id == record.tenant_id]
+        return sorted(live, key=lambda other: (other.created_at, other.id))
 
     # The whole store --------------------------------------------------------------------------------------------------
 
@@ -581,13 +628,20 @@ class SessionManager:
         """Figures of all sessions. Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``."""
         return self.store.stats(now=self.clock())
 
-    def cleanup(self, *, older_than: float | None = None, dry_run: bool = False) -> CleanupReport:
+    def cleanup(
+        self,
+        *,
+        older_than: float | None = None,
+        dry_run: bool = False,
+        deliver: Callable[[Callable[[], object]], object] = lambda send: send(),
+    ) -> CleanupReport:
         """Remove what has expired and ended sessions that were kept long enough, in batches.
 
         *older_than* (seconds): also remove active sessions whose last request is longer ago; one interval is added,
-        within which requests are not noted. *dry_run*: only count.
-        Removed is exactly the version that was seen: a session renewed meanwhile stays.
-        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``.
+        within which requests are not noted. *dry_run*: only count. *deliver* calls what sends an event, and may do so
+        in its own way. Removed is exactly the version that was seen: a session renewed meanwhile stays.
+
+        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
         """
         now = self.clock()
         # A session expires at expires_at, and the query excludes its bound.
@@ -597,13 +651,29 @@ class SessionManager:
         counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
         for query in queries:
             for batch in _batches(self.store.find(query)):
-                removed = [True] * len(batch) if dry_run else self._remove(batch)
-                for record, gone in zip(batch, removed, strict=True):
-                    counts[record.state(now)] += gone
-        return CleanupReport(expired=counts["expired"], ended=counts["ended"], idle=counts["active"], dry_run=dry_run)
+                for record in batch if dry_run else self._remove(batch):
+                    counts[record.state(now)] += 1
+                    if not dry_run:
+                        deliver(partial(self._announce_removal, record, now))
+        report = CleanupReport(expired=counts["expired"], ended=counts["ended"], idle=counts["active"], dry_run=dry_run)
+        if not dry_run:
+            event = signals.SessionsCleanedUp(expired=report.expired, ended=report.ended, idle=report.idle)
+            deliver(partial(self._send, signals.sessions_cleaned_up, event))
+        return report
 
-    def _remove(self, records: list[SessionRecord]) -> list[bool]:
-        return self.store.delete_many([Deletion(id=record.id, expected=record.version) for record in records])
+    def _remove(self, records: list[SessionRecord]) -> list[SessionRecord]:
+        """Remove just these versions; returns those that were removed."""
+        gone = self.store.delete_many([Deletion(id=record.id, expected=record.version) for record in records])
+        return [record for record, removed in zip(records, gone, strict=True) if removed]
+
+    def _announce_removal(self, record: SessionRecord, now: float) -> None:
+        state = record.state(now)
+        if state == "expired":
+            event = signals.SessionExpired(session_id=record.id, user_id=record.user_id, expires_at=record.expires_at)
+            self._send(signals.session_expired, event)
+        elif state == "active":
+            idle = signals.SessionEnded(session_id=record.id, user_id=record.user_id, reason="idle")
+            self._send(signals.session_ended, idle)
 
 
 def _batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:

@@ -1,7 +1,8 @@
 """Signals of the package (blinker), each with one frozen value that says what happened.
 
-The sender is the Flask application of the session. A signal is sent by the manager, after what it tells has been done.
-No value carries a token or a payload.
+The sender is the Flask application of the session. A signal is sent once, by the process in which it happened, after
+what it tells has been stored. No value carries a token or a payload. What a receiver raises reaches whoever caused the
+event; from the background cleanup it is logged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,30 @@ from blinker import Namespace
 
 _signals = Namespace()
 
+session_created = _signals.signal("session-created")
+"""Sent with a ``SessionCreated``: a new session is stored."""
+
+session_saved = _signals.signal("session-saved")
+"""Sent with a ``SessionSaved``: a change of a session is stored; not for renewals."""
+
+session_regenerated = _signals.signal("session-regenerated")
+"""Sent with a ``SessionRegenerated``: a session goes on under a new token and id."""
+
+session_bound = _signals.signal("session-bound")
+"""Sent with a ``SessionBound``: a session has become that of a user, after it was created or regenerated."""
+
+session_unbound = _signals.signal("session-unbound")
+"""Sent with a ``SessionUnbound``: a session has become nobody's, after it was regenerated."""
+
+session_ended = _signals.signal("session-ended")
+"""Sent with a ``SessionEnded``: a session was closed for a reason: revoked, evicted, replaced by a new one, idle …"""
+
+session_expired = _signals.signal("session-expired")
+"""Sent with a ``SessionExpired``: a session that had expired was removed by a cleanup."""
+
+session_deleted = _signals.signal("session-deleted")
+"""Sent with a ``SessionDeleted``: a session was removed without a trace, as when its user signs out."""
+
 session_conflict = _signals.signal("session-conflict")
 """Sent with a ``SessionConflicted``: a save met a change by another request and is about to be merged with it."""
 
@@ -20,6 +45,77 @@ session_discarded = _signals.signal("session-discarded")
 
 session_corrupt = _signals.signal("session-corrupt")
 """Sent with a ``SessionCorrupt``: a stored record could not be read; the request goes on with a new session."""
+
+sessions_cleaned_up = _signals.signal("sessions-cleaned-up")
+"""Sent with a ``SessionsCleanedUp``: a cleanup has finished, after the events of what it removed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionCreated:
+    """The session *session_id* was stored for the first time, for *user_id* within *tenant_id* if it has a user."""
+
+    session_id: str
+    user_id: str | None
+    tenant_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSaved:
+    """A change of *session_id* was stored as its version *version*."""
+
+    session_id: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRegenerated:
+    """The session *old_id* goes on as *session_id*; the old token opens nothing any more."""
+
+    session_id: str
+    old_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionBound:
+    """The session *session_id* is now that of *user_id* within *tenant_id*."""
+
+    session_id: str
+    user_id: str
+    tenant_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionUnbound:
+    """The session *session_id* is nobody's any more; it was that of *user_id* within *tenant_id*."""
+
+    session_id: str
+    user_id: str
+    tenant_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEnded:
+    """The session *session_id* of *user_id* was closed for *reason*."""
+
+    session_id: str
+    user_id: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionExpired:
+    """The session *session_id* of *user_id*, expired at *expires_at* (seconds since the epoch), was removed."""
+
+    session_id: str
+    user_id: str | None
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionDeleted:
+    """The session *session_id* was removed without a trace."""
+
+    session_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +140,12 @@ class SessionCorrupt:
 
     session_id: str
     error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionsCleanedUp:
+    """A cleanup removed so many sessions that had *expired*, had *ended* long enough ago, or were *idle* too long."""
+
+    expired: int
+    ended: int
+    idle: int

@@ -325,7 +325,7 @@ def test_cleanup_spares_a_session_renewed_meanwhile(manager: SessionManager, clo
     seen = session.record
     manager.renew(session)
     clock.now = seen.expires_at
-    assert manager._remove([seen]) == [False]
+    assert manager._remove([seen]) == []
     assert manager.store.get(session.id) == session.record
 
 
