@@ -383,7 +383,8 @@ def _make_directory(path: str) -> None:
         return
     except FileNotFoundError:
         _make_directory(os.path.dirname(path))
-        os.mkdir(path, 0o700)
+        with suppress(FileExistsError):  # somebody else was faster
+            os.mkdir(path, 0o700)
 
 
 def _read(path: str) -> _Frame | None:
