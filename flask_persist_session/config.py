@@ -52,6 +52,8 @@ class Config:
     """What a sign-in beyond that does: ``evict_oldest`` ends the oldest session, ``reject`` refuses the new one."""
     max_bytes: int = 1024 * 1024
     """Largest encoded payload of one session, in bytes."""
+    cleanup_interval: float = 600.0
+    """Seconds between two cleanups in the background; 0: none."""
     no_store: bool = False
     """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
     enabled: bool = True
@@ -175,6 +177,7 @@ _CHECKS = {
     "max_per_user": _count,
     "cap_policy": _policy,
     "max_bytes": _size,
+    "cleanup_interval": _duration,
     "no_store": _flag,
     "enabled": _flag,
 }

@@ -15,6 +15,7 @@ from .manager import SessionManager
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
+from .sweeper import Sweeper
 
 _KEY = "persist_session"
 _RETRY_AFTER = 5
@@ -27,6 +28,7 @@ class _State:
     config: Config
     store: SessionStore
     manager: SessionManager
+    sweeper: Sweeper | None
 
 
 class PersistSession:
@@ -71,8 +73,11 @@ class PersistSession:
             cap_policy=config.cap_policy,
             sender=app,
         )
-        app.extensions[_KEY] = _State(config, store, manager)
-        app.session_interface = PersistSessionInterface(manager, no_store=config.no_store)
+        sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
+        app.extensions[_KEY] = _State(config, store, manager, sweeper)
+        app.session_interface = PersistSessionInterface(
+            manager, no_store=config.no_store, on_request=sweeper.start if sweeper else None
+        )
         for kind, handler in ((StoreUnavailable, _answer_unavailable), (SessionLimitReached, _answer_limit)):
             if kind not in app.error_handler_spec[None][None]:
                 app.register_error_handler(kind, handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,14 @@ class PersistSessionInterface(SessionInterface):
 
     :param manager: the manager of the application's web sessions.
     :param no_store: add ``Cache-Control: no-store`` to responses that used the session and say nothing else.
+    :param on_request: called by each request.
     """
 
-    def __init__(self, manager: SessionManager, *, no_store: bool = False) -> None:
+    def __init__(
+        self, manager: SessionManager, *, no_store: bool = False, on_request: Callable[[], object] | None = None
+    ) -> None:
         self.manager = manager
+        self._on_request = on_request
         self._no_store = no_store
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
         self._patterns: dict[str, re.Pattern[str]] = {}
@@ -46,6 +51,8 @@ class PersistSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> SessionMixin | None:
         """Keep the request for later; ``None`` (Flask's null session) without a secret key."""
+        if self._on_request is not None:
+            self._on_request()
         if not app.secret_key:
             return None
         return _RequestSession(self.manager, _Presented(self, app, request.environ.get("HTTP_COOKIE", "")))

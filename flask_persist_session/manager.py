@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from blinker import Signal
 
 from . import signals, tokens
-from .config import CapPolicy
+from .config import LONGEST, CapPolicy
 from .exceptions import SerializationError, SessionConflict, SessionLimitReached, SessionTooLarge, StoreError
 from .records import JSON, Deletion, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec, dump_metadata
@@ -35,6 +35,10 @@ REGENERATED_GRACE = 30.0
 #: by more simultaneous writers of one session than that.
 _ATTEMPTS = 200
 _LONGEST_PAUSE = 0.05
+#: A record whose last request lies so many seconds in the future was written by a clock that was wrong.
+_CLOCK_SLACK = 3600.0
+#: Where the metadata keeps a session's own idle timeout, in seconds.
+LIFETIME = "lifetime"
 _BATCH = 500
 
 
@@ -176,25 +180,29 @@ class SessionManager:
         *,
         user_id: str | None = None,
         tenant_id: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        tags: frozenset[str] | set[str] | tuple[str, ...] = (),
+        metadata: Mapping[str, JSON] | None = None,
+        tags: Iterable[str] = (),
+        lifetime: float | None = None,
     ) -> StoredSession:
         """Store a new session with a new token and return it.
 
         *user_id* and *tenant_id* are kept as ``str``: 7 and "7" are the same user. *metadata* is JSON that can be
-        searched, *tags* are labels.
+        searched, *tags* are labels. *lifetime* is this session's own idle timeout in seconds, kept in its metadata.
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
         JSON, ``SessionTooLarge``, ``SessionLimitReached`` if the user has too many and the policy is to refuse,
         ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
         """
-        dump_metadata(metadata or {})
+        described = dict(metadata or {})
+        if lifetime is not None:
+            described[LIFETIME] = _positive(lifetime)
+        dump_metadata(described)
         created = self._create(
             {} if data is None else data,
             created_at=self.clock(),
             user_id=None if user_id is None else str(user_id),
             tenant_id=None if tenant_id is None else str(tenant_id),
-            metadata=metadata or {},
+            metadata=described,
             tags=frozenset(tags),
         )
         self._admit(created.record)
@@ -237,7 +245,7 @@ class SessionManager:
             data=self._encode(data),
             created_at=created_at,
             accessed_at=now,
-            expires_at=self._expiry(created_at, now),
+            expires_at=self._expiry(created_at, metadata, now),
             ended_at=None,
             end_reason=None,
             version=1,
@@ -299,10 +307,12 @@ class SessionManager:
     def _deadline(self, created_at: float) -> float:
         return math.inf if self._absolute_timeout is None else created_at + self._absolute_timeout
 
-    def _expiry(self, created_at: float, now: float) -> float:
+    def _expiry(self, created_at: float, metadata: Mapping[str, JSON], now: float) -> float:
+        own = metadata.get(LIFETIME)
+        lifetime = float(own) if isinstance(own, (int, float)) else self._idle_timeout()
         # Requests within an interval do not renew, so one interval is added: the last of them still gets a whole
         # lifetime.
-        return min(now + self._idle_timeout() + self.renew_interval, self._deadline(created_at))
+        return min(now + lifetime + self.renew_interval, self._deadline(created_at))
 
     def _report_corrupt(self, session_id: str, error: SerializationError) -> None:
         log.error("session %s cannot be read and is treated as missing: %s", session_id, error)
@@ -344,16 +354,20 @@ class SessionManager:
     def _write(self, record: SessionRecord, payload: bytes, *, renew: bool = False) -> SessionRecord:
         """Save *payload* over *record* and move its times, forward only.
 
-        The expiry moves if the last move is an interval ago, or with *renew*: until then it is late enough, and a store
+        Forward only, but for a record from a clock that was far ahead and has been set back since: left as it is, it
+        would never expire. The expiry moves if the last move is an interval ago, or with *renew*: until then it is late enough, and a store
         that need not touch its index of expiry saves in two thirds of the time.
         """
         now = self.clock()
-        expires_at = max(record.expires_at, self._expiry(record.created_at, now))
-        due = renew or expires_at - record.expires_at >= self.renew_interval
+        expires_at = self._expiry(record.created_at, record.metadata, now)
+        ahead = record.accessed_at - now > _CLOCK_SLACK
+        if not ahead:
+            expires_at = max(record.expires_at, expires_at)
+        due = renew or ahead or expires_at - record.expires_at >= self.renew_interval
         changed = replace(
             record,
             data=payload,
-            accessed_at=max(record.accessed_at, now),
+            accessed_at=now if ahead else max(record.accessed_at, now),
             expires_at=expires_at if due else record.expires_at,
             version=record.version + 1,
         )
@@ -573,6 +587,45 @@ class SessionManager:
         value = data.get(self._user_key) if self._user_key is not None else None
         return None if value is None else str(value)
 
+    def find(
+        self,
+        *,
+        user_id: object = None,
+        tenant_id: object = None,
+        tags: Iterable[str] = (),
+        state: State | None = None,
+        created_after: float | None = None,
+        created_before: float | None = None,
+        accessed_after: float | None = None,
+        accessed_before: float | None = None,
+        text: str | None = None,
+        order_by: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> Iterator[SessionRecord]:
+        """Yield the records of sessions, a few at a time; ``None`` and empty conditions match everything.
+
+        The conditions are those of ``SessionQuery``; *state* is judged now. Raises ``ValueError`` for an order that is
+        none, ``UnsupportedByStore`` where the store cannot list, ``StoreError``.
+        """
+        return self.store.find(
+            SessionQuery(
+                user_id=None if user_id is None else str(user_id),
+                tenant_id=None if tenant_id is None else str(tenant_id),
+                tags=frozenset(tags),
+                state=state,
+                now=self.clock(),
+                created_after=created_after,
+                created_before=created_before,
+                accessed_after=accessed_after,
+                accessed_before=accessed_before,
+                text=text,
+                order_by=order_by,
+                limit=limit,
+                offset=offset,
+            )
+        )
+
     def revoke(self, session_id: str) -> bool:
         """End the session from outside, with the reason ``"revoked"``; say whether it was active. Raises as ``end``."""
         return self.end(session_id, "revoked")
@@ -634,12 +687,14 @@ class SessionManager:
         older_than: float | None = None,
         dry_run: bool = False,
         deliver: Callable[[Callable[[], object]], object] = lambda send: send(),
+        stop: Callable[[], bool] = lambda: False,
     ) -> CleanupReport:
         """Remove what has expired and ended sessions that were kept long enough, in batches.
 
         *older_than* (seconds): also remove active sessions whose last request is longer ago; one interval is added,
         within which requests are not noted. *dry_run*: only count. *deliver* calls what sends an event, and may do so
-        in its own way. Removed is exactly the version that was seen: a session renewed meanwhile stays.
+        in its own way. *stop* is asked between batches. Removed is exactly the version that was seen: a session renewed
+        meanwhile stays.
 
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
         """
@@ -651,6 +706,8 @@ class SessionManager:
         counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
         for query in queries:
             for batch in _batches(self.store.find(query)):
+                if stop():
+                    break
                 for record in batch if dry_run else self._remove(batch):
                     counts[record.state(now)] += 1
                     if not dry_run:
@@ -679,6 +736,12 @@ class SessionManager:
 def _batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:
     while batch := list(islice(records, _BATCH)):
         yield batch
+
+
+def _positive(seconds: float) -> float:
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"a lifetime of {seconds!r} seconds is not possible; allowed is more than 0, up to 100 years")
+    return float(seconds)
 
 
 def _too_many(session_id: str, what: str) -> SessionConflict:

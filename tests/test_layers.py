@@ -25,6 +25,7 @@ LAYERS = {
     "manager": 2,
     "session": 2,
     "interface": 3,
+    "sweeper": 3,
     "extension": 4,
     "cli": 4,
     "__init__": 5,

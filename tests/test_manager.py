@@ -359,3 +359,54 @@ def test_two_namespaces_are_apart(shared_url: str, clock: Clock) -> None:
     assert web.get(session.id) is not None
     for manager in (web, chat):
         manager.store.close()
+
+
+# Lifetimes and clocks -------------------------------------------------------------------------------------------------
+
+
+def test_a_session_may_have_a_lifetime_of_its_own(manager: SessionManager, clock: Clock) -> None:
+    """``lifetime`` replaces the idle timeout, also at renewals."""
+    session = manager.create({"a": 1}, lifetime=100)
+    assert session.expires_at == clock.now + 160
+    clock.advance(150)
+    manager.renew(session)
+    assert session.expires_at == clock.now + 160
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("inf"), float("nan")])
+def test_a_lifetime_that_is_none_is_refused(manager: SessionManager, wrong: float) -> None:
+    """A lifetime must be a number of seconds above 0."""
+    with pytest.raises(ValueError, match="lifetime"):
+        manager.create(lifetime=wrong)
+
+
+def test_a_clock_that_was_ahead_makes_no_session_immortal(manager: SessionManager, clock: Clock) -> None:
+    """A session that was renewed by a clock ten years ahead has its usual lifetime after the next renewal."""
+    session = manager.create({"a": 1})
+    clock.advance(10 * 365 * 86400)
+    manager.save(session)
+    created_ahead = manager.create({"a": 1})
+    clock.advance(-10 * 365 * 86400)
+    manager.renew(created_ahead)
+    assert (created_ahead.expires_at, created_ahead.accessed_at) == (clock.now + 3660, clock.now)
+
+
+def test_a_clock_that_is_set_back_a_little_takes_nothing_away(manager: SessionManager, clock: Clock) -> None:
+    """Within an hour, times only move forward."""
+    session = manager.create({"a": 1})
+    before = session.expires_at
+    clock.advance(-3000)
+    manager.renew(session)
+    assert session.expires_at == before
+
+
+def test_find_lists_by_condition(manager: SessionManager, clock: Clock) -> None:
+    """User, tags, state, order and limit choose what is listed."""
+    ids = []
+    for tag in ("x", "y", "y"):
+        ids.append(manager.create({"a": 1}, user_id="Ada", tags=[tag]).id)
+        clock.advance(1)
+    manager.create(user_id="Bob", tags=["y"])
+    manager.end(ids[1])
+    assert [record.id for record in manager.find(user_id="Ada", order_by="-created_at", limit=2)] == ids[:0:-1]
+    assert [record.id for record in manager.find(user_id="Ada", tags=["y"], state="active")] == [ids[2]]

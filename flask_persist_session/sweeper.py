@@ -1,0 +1,108 @@
+"""A background thread that cleans up now and then: one in each process, of which one at a time does the work."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from .exceptions import UnsupportedByStore
+from .manager import SessionManager
+from .stores.base import after_fork
+
+log = logging.getLogger("flask_persist_session")
+
+_LEASE = "sweep"
+#: A wall clock that moved this much more than the time that has passed was set, and is not trusted for one run.
+_LEAP = 300.0
+
+
+class Sweeper:
+    """Runs ``manager.cleanup`` every *interval* seconds, give or take a tenth, in whichever process holds the lease.
+
+    What goes wrong in a run, receivers of its events included, is logged, and the next run comes all the same.
+    """
+
+    def __init__(self, manager: SessionManager, interval: float) -> None:
+        self._manager = manager
+        self._interval = interval
+        self._clocks = self._read_clocks()
+        self._reset()
+        after_fork(self._reset)
+
+    def _reset(self) -> None:
+        self.running = False
+        self._stopping = threading.Event()
+        self._starting = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread of this process, unless it runs already. Called by each request, so after a fork too."""
+        if self.running:
+            return
+        with self._starting:
+            if self.running or self._stopping.is_set():
+                return
+            self.running = True
+            threading.Thread(target=self._run, name="session-sweeper", daemon=True).start()
+            atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Have the thread end after the batch at hand; it is not started again."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval * random.uniform(0.9, 1.1)):
+            with _Logged("the cleanup of sessions failed; it is tried again"):
+                self.sweep()
+
+    def sweep(self) -> bool:
+        """Clean up once if this process is the one to do it; say whether it was.
+
+        Raises ``StoreError``, ``UnsupportedByStore``.
+        """
+        # Twice the interval: the holder prolongs it each time, and another process takes over when it has gone.
+        if not self._manager.store.lease(_LEASE, 2 * self._interval):
+            return False
+        if self._clock_was_set():
+            return False
+        started = time.monotonic()
+        report = self._manager.cleanup(deliver=_deliver, stop=self._stopping.is_set)
+        log.info(
+            "cleaned up sessions in %.1f s: %d expired, %d ended", time.monotonic() - started, report.expired, report.ended
+        )
+        return True
+
+    def _clock_was_set(self) -> bool:
+        """Whether the wall clock leapt since the last run: by it, every session might seem to have expired."""
+        before, self._clocks = self._clocks, self._read_clocks()
+        leap = (self._clocks[0] - before[0]) - (self._clocks[1] - before[1])
+        if abs(leap) < _LEAP:
+            return False
+        log.warning("the clock was set by %.0f seconds; sessions are cleaned up at the next run if it stays so", leap)
+        return True
+
+    def _read_clocks(self) -> tuple[float, float]:
+        return self._manager.clock(), time.monotonic()
+
+
+class _Logged(AbstractContextManager[None]):
+    """The boundary of the thread to foreign code, receivers above all: what goes wrong within is logged, and that is it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, UnsupportedByStore):
+            log.info("%s: %s", self._what, error)
+        elif error is not None:
+            log.error("%s", self._what, exc_info=error)
+        return isinstance(error, Exception)
+
+
+def _deliver(send: Callable[[], object]) -> None:
+    with _Logged("a receiver of a session's event failed"):
+        send()
