@@ -155,7 +155,10 @@ class SessionStore(ABC):
         raise UnsupportedByStore(f"{type(self).__name__} has no leases")
 
     def close(self) -> None:
-        """Give back what is held open (connections, files). Using the store again opens it anew; closing twice is fine."""
+        """Give back what the calling thread holds open; what other threads hold is given back when they end.
+
+        Using the store again opens it anew; closing twice is fine.
+        """
 
 
 _fork_hooks: list[weakref.WeakMethod[Callable[[], None]]] = []

@@ -32,42 +32,29 @@ _translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 class _Closer:
     """Closes a connection when the thread that keeps it has ended; the drivers only warn that it was left open."""
 
-    def __init__(self, connection: Any, connections: set[Any]) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._connections = connections
         self._process = os.getpid()
 
     def __del__(self) -> None:
         if self._process != os.getpid():
             inherited.append(self._connection)
-        elif self._connection in self._connections:
-            self._connections.discard(self._connection)
-            close_quietly(self._connection)
-
-
-def close_quietly(connection: Any) -> None:
-    """Close a connection that nobody needs any more, be it broken or not."""
-    with suppress(pw.PeeweeException), _translated:
-        connection.close()
+            return
+        with suppress(pw.PeeweeException), _translated:  # nobody needs it any more, be it broken or not
+            self._connection.close()
 
 
 class PerThread(pw.Database):
-    """A database that knows the connections of all its threads."""
+    """A database whose connections are closed when the thread that opened them ends."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.connections: set[Any] = set()
         self._own = threading.local()
         super().__init__(*arguments, **options)
 
     def _connect(self) -> Any:
         connection = super()._connect()  # type: ignore[misc]
-        self.connections.add(connection)
-        self._own.closer = _Closer(connection, self.connections)
+        self._own.closer = _Closer(connection)
         return connection
-
-    def _close(self, connection: Any) -> None:
-        self.connections.discard(connection)
-        super()._close(connection)  # type: ignore[misc]
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -91,10 +90,9 @@ class ClientPerThread:
 
     def _start(self) -> None:
         self._own = threading.local()
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _leave_to_parent(self) -> None:
-        _inherited.append((self._own, list(self._all)))
+        _inherited.append(self._own)
         self._start()
 
     def __call__(self) -> Any:
@@ -102,14 +100,12 @@ class ClientPerThread:
             return self._own.client
         except AttributeError:
             self._own.client = client = self._connect()
-            self._all.add(client)
             return client
 
     def close(self) -> None:
-        """Close the connections of all threads; who goes on gets a new one."""
-        clients = list(self._all)
-        self._start()
-        for client in clients:
+        """Close the connection of this thread, which gets a new one when it goes on. Those of others close with them."""
+        client = self._own.__dict__.pop("client", None)
+        if client is not None:
             client.close()
 
 

@@ -23,7 +23,7 @@ from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats,
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location
 from .base import FIXED_FIELDS, SessionStore, after_fork, check_save, conflict, log_unreadable, order_and_cut
-from .databases import Connect, close_quietly, inherited, open_postgresql, open_sqlite
+from .databases import Connect, inherited, open_postgresql, open_sqlite
 
 SCHEMA_VERSION = 1
 _PAGE = 500
@@ -159,11 +159,12 @@ class SQLStore(SessionStore):
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
     def close(self) -> None:
-        # Other threads find a database that is not connected, and connect anew.
-        connections = self._database.connections
-        self._open_database()
-        while connections:
-            close_quietly(connections.pop())
+        # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
+        try:
+            if not self._database.is_closed():
+                self._database.close()
+        except pw.PeeweeException as error:
+            raise self._failure(error) from error
 
     # One row ----------------------------------------------------------------------------------------------------------
 
