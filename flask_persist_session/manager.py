@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -31,7 +31,7 @@ from .stores.base import SessionStore
 
 log = logging.getLogger("flask_persist_session")
 
-Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded"]
+Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded", "failed"]
 
 #: Seconds for which a regenerated session is remembered, so that requests under way with the old token store nothing.
 REGENERATED_GRACE = 30.0
@@ -154,7 +154,7 @@ class SessionManager:
         user_id: str | None = None,
         tenant_id: str | None = None,
         metadata: dict[str, Any] | None = None,
-        tags: frozenset[str] | set[str] | tuple[str, ...] = (),
+        tags: Iterable[str] = (),
     ) -> StoredSession:
         """Store a new session with a new token and return it.
 
@@ -162,16 +162,19 @@ class SessionManager:
         searched, *tags* are labels.
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
-        JSON, ``SessionTooLarge``, ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
+        JSON, ``SessionTooLarge``, ``StoreError``, ``ValueError`` for tags, a user or a tenant that no store can keep.
         """
         dump_metadata(metadata or {})
+        labels = [tags] if isinstance(tags, str) else list(tags)
+        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in labels):
+            raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
         return self._create(
             {} if data is None else data,
             created_at=self.clock(),
             user_id=None if user_id is None else str(user_id),
             tenant_id=None if tenant_id is None else str(tenant_id),
             metadata=metadata or {},
-            tags=frozenset(tags),
+            tags=frozenset(labels),
         )
 
     def _create(
@@ -286,9 +289,12 @@ class SessionManager:
     def renew(self, session: StoredSession) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded.
 
-        ``"unchanged"`` if somebody else saved or ended it at this moment, or the store failed: nothing is lost by
-        renewing later.
+        ``"unchanged"`` if somebody else saved or ended it at this moment, ``"failed"`` if the store did: nothing is lost
+        by renewing later. Nothing is written, but ``"saved"`` is the answer, if another request has just renewed it.
         """
+        record = session.record
+        if self._expiry(record.created_at, self.clock()) - record.expires_at < self.renew_interval:
+            return "saved"
         try:
             session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
@@ -296,7 +302,7 @@ class SessionManager:
             return "unchanged"
         except StoreError as error:
             log.warning("session %s could not be renewed: %s", session.id, error)
-            return "unchanged"
+            return "failed"
         return "saved"
 
     def _write(self, record: SessionRecord, payload: bytes, *, renew: bool = False) -> SessionRecord:
@@ -415,14 +421,29 @@ class SessionManager:
             base, record = current.record.data, current.record
         raise _too_many(record.id, "regenerated")
 
-    def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession:
+    def restart(self, session: StoredSession, data: dict[str, Any]) -> StoredSession | None:
         """Store *data* as a new session under a new token and end the old one, taking nothing else along.
 
-        Raises as ``create`` does; then the old session is as it was.
+        ``None`` if the old one has ended meanwhile: the data may come from it, and what has ended stays so. Raises as
+        ``create`` does; then the old session is as it was.
         """
         fresh = self.create(data)
-        self._end(session.id, "regenerated")
-        return fresh
+        goes_on = False
+        try:
+            goes_on = self._end(session.id, "regenerated") or self._was_regenerated(session.id)
+        finally:
+            if not goes_on:
+                with suppress(StoreError):  # nobody has its token, and it expires
+                    self.store.delete(fresh.id)
+        return fresh if goes_on else None
+
+    def _was_regenerated(self, session_id: str) -> bool:
+        """Whether somebody else was faster in moving on, as in a form that was sent twice; otherwise it has ended."""
+        closed = self.load(session_id)
+        reason = closed.end_reason if closed else None
+        if reason != "regenerated":
+            self.discard(session_id, reason)
+        return reason == "regenerated"
 
     def flush(self, session: StoredSession) -> Outcome:
         """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
@@ -453,11 +474,15 @@ class SessionManager:
 
     def _end(self, session_id: str, reason: str) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):
-            session = self.get(session_id)
-            if session is None:
+            try:
+                record = self.store.get(session_id)
+            except SerializationError as error:
+                self._report_corrupt(session_id, error)
+                return False
+            if record is None or self._state(record) != "active":
                 return False
             try:
-                self._close(session.record, reason)
+                self._close(record, reason)
                 return True
             except SessionConflict:
                 _pause(attempt)

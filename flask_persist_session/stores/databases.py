@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 import peewee as pw
 
 from ..exceptions import ConfigError
-from . import Location, seconds
+from . import Location, make_directory, seconds
 
 #: Makes a database object that is not connected yet.
 Connect = Callable[[], "PerThread"]
@@ -26,7 +27,8 @@ Connect = Callable[[], "PerThread"]
 inherited: list[object] = []
 
 
-_translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
+#: Turns errors of the drivers into those of peewee, for what peewee leaves to its callers.
+translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 
 class _Closer:
@@ -40,7 +42,7 @@ class _Closer:
         if self._process != os.getpid():
             inherited.append(self._connection)
             return
-        with suppress(pw.PeeweeException), _translated:  # nobody needs it any more, be it broken or not
+        with suppress(pw.PeeweeException), translated:  # nobody needs it any more, be it broken or not
             self._connection.close()
 
 
@@ -50,6 +52,8 @@ class PerThread(pw.Database):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._own = threading.local()
         super().__init__(*arguments, **options)
+        # peewee connects one thread after the other, so each would wait out its timeout behind all that came before.
+        self._lock = nullcontext()
 
     def _connect(self) -> Any:
         connection = super()._connect()  # type: ignore[misc]
@@ -58,7 +62,11 @@ class PerThread(pw.Database):
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
-    pass
+    def _connect(self) -> Any:
+        connection: Any = super()._connect()
+        # By default a damaged text makes the driver fail for the whole statement; so it damages its own record only.
+        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+        return connection
 
 
 class _Adapter(pw.Psycopg3Adapter):
@@ -116,7 +124,7 @@ def _synchronous(text: str) -> str:
 def _check_file(path: str) -> None:
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_directory(folder)
         # SQLite would make it readable for everybody; its -wal and -shm files get the mode of this one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
