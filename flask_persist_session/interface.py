@@ -92,14 +92,12 @@ class PersistSessionInterface(SessionInterface):
         return self._patterns[name]
 
     def _finish(self, app: Flask, session: _RequestSession) -> tuple[CookieTask, str | None]:
-        renewal = self._renewal(app, session)
-        if session.loaded or renewal != "yes":
-            return session.finish(renewal)
+        renewal, untouched = self._renewal(app, session), not session.loaded
         order = session.finish(renewal)
         if session.renewal_failed:
-            # The request does not need the session, and those that come next must not wait for the store either.
+            # No request needs to be renewed now, and those that come next must not wait for the store either.
             self._no_renewal_before = self.manager.clock() + _PAUSE
-        elif not session.live:
+        elif untouched and renewal == "yes" and not session.live:
             self._remember_dead(session.presented.token())
         return order
 
@@ -107,8 +105,10 @@ class PersistSessionInterface(SessionInterface):
         """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
         now = self.manager.clock()
         latest = now - self.manager.renew_interval
+        if now < self._no_renewal_before:
+            return "no"
         if not session.loaded:  # then the cookie has not been verified either
-            if not session.presented.claims_renewal_before(latest) or now < self._no_renewal_before:
+            if not session.presented.claims_renewal_before(latest):
                 return "no"
             token = session.presented.token()
             if token is None or session_id(token) in self._dead:

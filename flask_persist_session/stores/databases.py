@@ -138,7 +138,7 @@ def open_postgresql(location: Location) -> tuple[str, Connect, float]:
     if find_spec("psycopg") is None:
         raise ConfigError(f"{location} needs psycopg: pip install 'flask-persist-session[postgresql]'")
     url, name = location.url, unquote(location.url.path.removeprefix("/"))
-    if not name:
+    if not name or not url.path.startswith("/"):
         raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
     options: dict[str, Any] = {"host": url.hostname} | location.read_options(
         timeout=seconds, host=str, sslmode=str, sslrootcert=str
