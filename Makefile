@@ -33,9 +33,12 @@ $(VENV)/pip.stamp:
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/pip.stamp setup.cfg pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS_$*)]"
+	$(BIN)/python -m pip install --quiet $(MODE_$*) ".[$(EXTRAS_$*)]"
 	@touch $@
 
+MODE_test := --editable
+MODE_lint := --editable
+MODE_bench := --editable
 EXTRAS_demo := demo
 EXTRAS_test := test
 EXTRAS_lint := test,lint

@@ -27,14 +27,11 @@ class _SessionsGroup(AppGroup):
             raise click.ClickException(str(error)) from error
 
 
-class _Duration(click.ParamType[float]):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return parse_duration(value) if isinstance(value, str) else float(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.group("sessions", cls=_SessionsGroup)
@@ -67,7 +64,7 @@ def stats(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only count what would be removed.")
 @click.option(
     "--older-than",
-    type=_Duration(),
+    type=_duration,
     metavar="DURATION",
     help="Also remove active sessions without a request for so long, such as 90m, 24h or 7d.",
 )

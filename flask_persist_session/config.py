@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -31,7 +31,7 @@ class Config:
     Durations are seconds here; in ``app.config`` they may also be a ``timedelta`` or text such as ``"30m"``.
     """
 
-    store: str | SessionStore | Any = "sqlite:///sessions.db"
+    store: str | SessionStore | Any = field(default="sqlite:///sessions.db", repr=False)
     """URL of the store, or a ``SessionStore`` or ``cachelib`` cache object."""
     serializer: str = "msgpack"
     """What writes session data: ``msgpack``, ``json`` or ``pickle``. All but ``pickle`` are always read."""

@@ -56,6 +56,7 @@ class PersistSession:
         config = Config.from_mapping(app.config)
         if not config.enabled:
             return
+        secret_keys(app)  # wrong ones are told now
         try:
             store = open_store(config.store, base_path=app.instance_path)
         except ConfigError as error:
@@ -119,7 +120,10 @@ def _answer_unavailable(error: StoreUnavailable) -> Response:
     answer = current_app.handle_http_exception(
         ServiceUnavailable("The session store cannot be reached. Please try again shortly.", retry_after=_RETRY_AFTER)
     )
-    return current_app.make_response(answer)
+    response = current_app.make_response(answer)
+    if response.status_code == ServiceUnavailable.code:  # also from a page of the application's own
+        response.headers.setdefault("Retry-After", str(_RETRY_AFTER))
+    return response
 
 
 def _answer_limit(error: SessionLimitReached) -> Response:

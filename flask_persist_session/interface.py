@@ -10,11 +10,12 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flask import after_this_request, has_request_context
 from flask.sessions import SessionInterface, SessionMixin
 
-from .exceptions import PersistSessionError, StoreError
+from .exceptions import ConfigError, PersistSessionError
 from .session import CookieTask, Renewal, Session
-from .tokens import SignedToken, TokenSigner, claimed_time
+from .tokens import SignedToken, TokenSigner, claimed_time, session_id
 
 if TYPE_CHECKING:
     from flask import Flask, Request, Response
@@ -47,7 +48,7 @@ class PersistSessionInterface(SessionInterface):
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._no_renewal_before = -math.inf
-        self._dead: dict[str, None] = {}
+        self._dead: set[str] = set()
 
     def open_session(self, app: Flask, request: Request) -> SessionMixin | None:
         """Keep the request for later; ``None`` (Flask's null session) without a secret key."""
@@ -55,7 +56,10 @@ class PersistSessionInterface(SessionInterface):
             self._on_request()
         if not app.secret_key:
             return None
-        return _RequestSession(self.manager, _Presented(self, app, request.environ.get("HTTP_COOKIE", "")))
+        session = _RequestSession(self.manager, _Presented(self, app, request.environ.get("HTTP_COOKIE", "")))
+        if has_request_context():  # not in the test client's session_transaction
+            after_this_request(session.note_answer)
+        return session
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Store the session, then tell the browser; what cannot be stored is never answered as a success."""
@@ -66,14 +70,18 @@ class PersistSessionInterface(SessionInterface):
             task, token = self._finish(app, session)
         except PersistSessionError as error:
             session.failed = True
+            if session.accessed:
+                response.vary.add("Cookie")
             # Flask would answer 500 to whatever is raised from here. Errors that have a handler get its answer, as
             # they do when a view raises them.
             _answer(app, response, error)
             return
         if session.accessed:
             response.vary.add("Cookie")
-            if self._no_store and "Cache-Control" not in response.headers:
-                response.cache_control.no_store = True
+        if task == "renew" and (response.cache_control.public or response.cache_control.s_maxage is not None):
+            task = "keep"  # a token has no place in a cache for everybody; the next response renews
+        if self._no_store and (session.accessed or task != "keep") and "Cache-Control" not in response.headers:
+            response.cache_control.no_store = True
         self._write_cookie(app, session, response, task, token)
 
     def signer(self, app: Flask) -> TokenSigner:
@@ -91,17 +99,12 @@ class PersistSessionInterface(SessionInterface):
         return self._patterns[name]
 
     def _finish(self, app: Flask, session: _RequestSession) -> tuple[CookieTask, str | None]:
-        renewal = self._renewal(app, session)
-        if session.loaded or renewal != "yes":
-            return session.finish(renewal)
-        try:
-            order = session.finish(renewal)
-        except StoreError as error:
-            # The request does not need the session, and those that come next must not wait for the store either.
-            log.warning("a session could not be renewed: %s", error)
+        renewal, untouched = self._renewal(app, session), not session.loaded
+        order = session.finish(renewal)
+        if session.renewal_failed:
+            # No request needs to be renewed now, and those that come next must not wait for the store either.
             self._no_renewal_before = self.manager.clock() + _PAUSE
-            return "keep", None
-        if not session.live:
+        elif untouched and renewal == "yes" and not session.live:
             self._remember_dead(session.presented.token())
         return order
 
@@ -109,10 +112,13 @@ class PersistSessionInterface(SessionInterface):
         """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
         now = self.manager.clock()
         latest = now - self.manager.renew_interval
+        if now < self._no_renewal_before:
+            return "no"
         if not session.loaded:  # then the cookie has not been verified either
-            if not session.presented.claims_renewal_before(latest) or now < self._no_renewal_before:
+            if not session.presented.claims_renewal_before(latest):
                 return "no"
-            if session.presented.token() in self._dead:
+            token = session.presented.token()
+            if token is None or session_id(token) in self._dead:
                 return "no"
         if not session.presented.renewed_before(latest):
             return "no"
@@ -121,9 +127,9 @@ class PersistSessionInterface(SessionInterface):
     def _remember_dead(self, token: str | None) -> None:
         """Not to look again for a session that has expired, ended or gone: browsers send such a cookie for long."""
         if token is not None:
-            self._dead[token] = None
-            if len(self._dead) > _MOST_DEAD:
-                self._dead.pop(next(iter(self._dead)), None)
+            if len(self._dead) >= _MOST_DEAD:
+                self._dead = set()
+            self._dead.add(session_id(token))
 
     # The cookie -------------------------------------------------------------------------------------------------------
 
@@ -198,10 +204,21 @@ class _RequestSession(Session):
         self.presented = presented
         self.failed = False
 
+    def note_answer(self, response: Response) -> Response:
+        """Called first of all that is done after the view. Flask answers 500 to whatever is raised from then on."""
+        self.answered = True
+        return response
+
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
-    """The application's secret keys, the current one last."""
-    return (*(app.config["SECRET_KEY_FALLBACKS"] or ()), *((app.secret_key,) if app.secret_key else ()))
+    """The application's secret keys, the current one last.
+
+    Raises ``ConfigError`` for fallbacks that are no list of keys: each letter of a text would be taken for one.
+    """
+    fallbacks = app.config["SECRET_KEY_FALLBACKS"] or ()
+    if isinstance(fallbacks, (str, bytes)) or not all(fallbacks):
+        raise ConfigError('SECRET_KEY_FALLBACKS is not a list of keys that are not empty; write ["old key"]')
+    return (*fallbacks, *((app.secret_key,) if app.secret_key else ()))
 
 
 #: Headers of a response that describe what it no longer is once an error takes its place.
@@ -228,6 +245,7 @@ def _answer(app: Flask, response: Response, error: PersistSessionError) -> None:
     response.close()
     for name in _REPLACED_HEADERS:
         response.headers.remove(name)
+    response.headers["Cache-Control"] = "no-store"
     response.headers.update(answer.headers)
     response.status = answer.status
     response.response = answer.response

@@ -27,7 +27,7 @@ from .stores.base import SessionStore
 
 log = logging.getLogger("flask_persist_session")
 
-Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded"]
+Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded", "failed"]
 
 #: Seconds for which a regenerated session is remembered, so that requests under way with the old token store nothing.
 REGENERATED_GRACE = 30.0
@@ -191,19 +191,22 @@ class SessionManager:
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
         JSON, ``SessionTooLarge``, ``SessionLimitReached`` if the user has too many and the policy is to refuse,
-        ``StoreError``, ``ValueError`` for a user or tenant that no store can keep.
+        ``StoreError``, ``ValueError`` for tags, a user or a tenant that no store can keep.
         """
         described = dict(metadata or {})
         if lifetime is not None:
             described[LIFETIME] = _positive(lifetime)
         dump_metadata(described)
+        labels = [tags] if isinstance(tags, str) else list(tags)
+        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in labels):
+            raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
         created = self._create(
             {} if data is None else data,
             created_at=self.clock(),
             user_id=None if user_id is None else str(user_id),
             tenant_id=None if tenant_id is None else str(tenant_id),
             metadata=described,
-            tags=frozenset(tags),
+            tags=frozenset(labels),
         )
         self._admit(created.record)
         self._announce(created.record)
@@ -338,9 +341,13 @@ class SessionManager:
     def renew(self, session: StoredSession) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded.
 
-        ``"unchanged"`` if somebody else saved or ended it at this moment, or the store failed: nothing is lost by
-        renewing later.
+        ``"unchanged"`` if somebody else saved or ended it at this moment, ``"failed"`` if the store did: nothing is lost
+        by renewing later. Nothing is written, but ``"saved"`` is the answer, if another request has just renewed it.
         """
+        record, now = session.record, self.clock()
+        wrong = record.accessed_at - now > _CLOCK_SLACK
+        if not wrong and self._expiry(record.created_at, record.metadata, now) - record.expires_at < self.renew_interval:
+            return "saved"
         try:
             session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
@@ -348,15 +355,15 @@ class SessionManager:
             return "unchanged"
         except StoreError as error:
             log.warning("session %s could not be renewed: %s", session.id, error)
-            return "unchanged"
+            return "failed"
         return "saved"
 
     def _write(self, record: SessionRecord, payload: bytes, *, renew: bool = False) -> SessionRecord:
         """Save *payload* over *record* and move its times, forward only.
 
         Forward only, but for a record from a clock that was far ahead and has been set back since: left as it is, it
-        would never expire. The expiry moves if the last move is an interval ago, or with *renew*: until then it is late enough, and a store
-        that need not touch its index of expiry saves in two thirds of the time.
+        would never expire. The expiry moves if the last move is an interval ago, or with *renew*: until then it is late
+        enough, and a store that need not touch its index of expiry saves in two thirds of the time.
         """
         now = self.clock()
         expires_at = self._expiry(record.created_at, record.metadata, now)
@@ -501,12 +508,13 @@ class SessionManager:
             base, record = current.record.data, current.record
         raise _too_many(record.id, "regenerated")
 
-    def restart(self, session: StoredSession, data: dict[str, Any], owner: Owner = NOBODY) -> StoredSession:
+    def restart(self, session: StoredSession, data: dict[str, Any], owner: Owner = NOBODY) -> StoredSession | None:
         """Store *data* as a new session of *owner* under a new token and end the old one, taking nothing else along.
 
-        Raises as ``create`` does; then the old session is as it was.
+        ``None`` if the old one has ended meanwhile: the data may come from it, and what has ended stays so. Raises as
+        ``create`` does; then the old session is as it was.
         """
-        created = self._create(
+        fresh = self._create(
             data,
             created_at=self.clock(),
             user_id=owner.user_id,
@@ -514,11 +522,27 @@ class SessionManager:
             metadata={},
             tags=frozenset(),
         )
-        self._admit(created.record, replaced=session.id)
-        self._announce(created.record)
-        self._end(session.id, "regenerated")
-        self._evict(created.record)
-        return created
+        goes_on = False
+        try:
+            self._admit(fresh.record, replaced=session.id)
+            goes_on = self._end(session.id, "regenerated") or self._was_regenerated(session.id)
+        finally:
+            if not goes_on:
+                with suppress(StoreError):  # nobody has its token, and it expires
+                    self.store.delete(fresh.id)
+        if not goes_on:
+            return None
+        self._announce(fresh.record)
+        self._evict(fresh.record)
+        return fresh
+
+    def _was_regenerated(self, session_id: str) -> bool:
+        """Whether somebody else was faster in moving on, as in a form that was sent twice; otherwise it has ended."""
+        closed = self.load(session_id)
+        reason = closed.end_reason if closed else None
+        if reason != "regenerated":
+            self.discard(session_id, reason)
+        return reason == "regenerated"
 
     def flush(self, session: StoredSession) -> Outcome:
         """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
@@ -552,15 +576,19 @@ class SessionManager:
 
     def _end(self, session_id: str, reason: str) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):
-            session = self.get(session_id)
-            if session is None:
+            try:
+                record = self.store.get(session_id)
+            except SerializationError as error:
+                self._report_corrupt(session_id, error)
+                return False
+            if record is None or self._state(record) != "active":
                 return False
             try:
-                self._close(session.record, reason)
+                self._close(record, reason)
             except SessionConflict:
                 _pause(attempt)
             else:
-                event = signals.SessionEnded(session_id=session_id, user_id=session.user_id, reason=reason)
+                event = signals.SessionEnded(session_id=session_id, user_id=record.user_id, reason=reason)
                 self._send(signals.session_ended, event)
                 return True
         raise _too_many(session_id, "ended")

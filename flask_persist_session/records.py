@@ -11,11 +11,13 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 State: TypeAlias = Literal["active", "expired", "ended"]
 
 ORDERS = ("id", "created_at", "accessed_at", "expires_at")
-_SESSION_ID = re.compile(r"[0-9a-f]{67}", re.ASCII)
+#: The year 9000 in seconds since the epoch; a date of the year 10000 is none for Python.
+LAST_MOMENT = 221_845_392_000.0
+_SESSION_ID = re.compile(r"[0-3][0-9a-f]{66}", re.ASCII)
 
 
 def is_session_id(value: str) -> bool:
-    """Whether *value* has the form of a session id: 3 hex digits of shard and 64 of SHA-256.
+    """Whether *value* has the form of a session id: 3 hex digits of shard, below 400, and 64 of SHA-256.
 
     Nothing else names a record, so a store may use an id in a path or key once this is true.
     """

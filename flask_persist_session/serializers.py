@@ -26,8 +26,9 @@ from itsdangerous import Signer, want_bytes
 from markupsafe import Markup
 
 from .exceptions import SerializationError
-from .records import JSON, SessionRecord
+from .records import JSON, LAST_MOMENT, SessionRecord, is_session_id
 
+_Type: TypeAlias = type
 _Convert: TypeAlias = Callable[[Any, int], Any]
 
 #: How deep values may be nested. ormsgpack stops at 255 and Python's own stack is near; this leaves room for both.
@@ -41,11 +42,13 @@ MAX_DEPTH = 100
 class _Kind:
     """How values of one exact type are kept: as a plain value (str, bytes or list) under a number and a tag."""
 
-    type: type
+    type: _Type
     number: int
     """MessagePack extension type; never reuse one."""
     tag: str
     """Key of the one-item object that holds it in JSON; where Flask's session has a tag for the type, it is the same."""
+    plain: _Type
+    """What ``dump`` gives and ``load`` takes; anything else is damage, such as a size that a ``bytearray`` would take."""
     dump: Callable[[Any], Any]
     load: Callable[[Any], Any]
     unordered: bool = False
@@ -109,24 +112,24 @@ def _load_surrogates(plain: bytes) -> str:
     return plain.decode("utf-8", "surrogatepass")
 
 
-_DICT = _Kind(dict, 12, " k", _pairs, dict)  # a dict with a key that is no str
-_STR = _Kind(str, 13, " s8", _dump_surrogates, _load_surrogates)  # a str that UTF-8 does not allow
+_DICT = _Kind(dict, 12, " k", list, _pairs, dict)  # a dict with a key that is no str
+_STR = _Kind(str, 13, " s8", bytes, _dump_surrogates, _load_surrogates)  # a str that UTF-8 does not allow
 # An int beyond 64 bits, in hexadecimal: Python limits the length of decimal ones.
-_INT = _Kind(int, 14, " i", hex, lambda plain: int(plain, 16))
+_INT = _Kind(int, 14, " i", str, hex, lambda plain: int(plain, 16))
 _KINDS = (
-    _Kind(tuple, 1, " t", list, tuple),
-    _Kind(set, 2, " set", list, set, unordered=True),
-    _Kind(frozenset, 3, " fs", list, frozenset, unordered=True),
-    _Kind(datetime, 4, " dt", _dump_datetime, _load_datetime),
-    _Kind(date, 5, " da", date.isoformat, date.fromisoformat),
-    _Kind(time, 6, " ti", _dump_time, _load_time),
-    _Kind(timedelta, 7, " td", _dump_timedelta, _load_timedelta),
-    _Kind(UUID, 8, " u", lambda value: value.hex, UUID),
-    _Kind(Decimal, 9, " dec", str, Decimal),
-    _Kind(Markup, 10, " m", str.__str__, Markup),
-    _Kind(bytearray, 11, " ba", bytes, bytearray),
-    _Kind(OrderedDict, 15, " od", _pairs, OrderedDict),
-    _Kind(deque, 16, " dq", lambda value: [value.maxlen, list(value)], lambda plain: deque(plain[1], plain[0])),
+    _Kind(tuple, 1, " t", list, list, tuple),
+    _Kind(set, 2, " set", list, list, set, unordered=True),
+    _Kind(frozenset, 3, " fs", list, list, frozenset, unordered=True),
+    _Kind(datetime, 4, " dt", list, _dump_datetime, _load_datetime),
+    _Kind(date, 5, " da", str, date.isoformat, date.fromisoformat),
+    _Kind(time, 6, " ti", list, _dump_time, _load_time),
+    _Kind(timedelta, 7, " td", list, _dump_timedelta, _load_timedelta),
+    _Kind(UUID, 8, " u", str, lambda value: value.hex, UUID),
+    _Kind(Decimal, 9, " dec", str, str, Decimal),
+    _Kind(Markup, 10, " m", str, str.__str__, Markup),
+    _Kind(bytearray, 11, " ba", bytes, bytes, bytearray),
+    _Kind(OrderedDict, 15, " od", list, _pairs, OrderedDict),
+    _Kind(deque, 16, " dq", list, lambda value: [value.maxlen, list(value)], lambda plain: deque(plain[1], plain[0])),
 )
 _BY_TYPE = {kind.type: kind for kind in _KINDS}
 _BY_NUMBER = {kind.number: kind for kind in (*_KINDS, _DICT, _STR, _INT)}
@@ -148,7 +151,7 @@ def _why_not(value: object) -> str:
     bases = [base for base in kind.__mro__[1:] if base in _BY_TYPE or base in (str, int, float, list, dict, bytes)]
     if bases:
         return f"{name} would come back as {bases[0].__name__}; store {bases[0].__name__}(value) or its parts instead"
-    return f"{name} cannot be stored; store its parts as str, int, list or dict instead, or its key in your database"
+    return f"{name} has no stored form; store its parts as str, int, list or dict instead, or its key in your database"
 
 
 # MessagePack ----------------------------------------------------------------------------------------------------------
@@ -197,7 +200,16 @@ class _Packer:
 
 
 def _array(packed: Iterable[bytes]) -> bytes:
-    return ormsgpack.packb([ormsgpack.Fragment(item) for item in sorted(packed)])
+    """An array of items that are packed already, sorted by their bytes."""
+    items = sorted(packed)
+    count = len(items)
+    if count < 16:
+        header = bytes([0x90 | count])
+    elif count < 2**16:
+        header = b"\xdc" + count.to_bytes(2, "big")
+    else:
+        header = b"\xdd" + count.to_bytes(4, "big")
+    return b"".join((header, *items))
 
 
 def _pack(value: Any) -> bytes:
@@ -243,7 +255,13 @@ def _load_extension(number: int, packed: bytes) -> Any:
     kind = _BY_NUMBER.get(number)
     if kind is None:
         raise ValueError(f"unknown extension type {number}")
-    return kind.load(_unpack(packed))
+    return _load(kind, _unpack(packed))
+
+
+def _load(kind: _Kind, plain: Any) -> Any:
+    if type(plain) is not kind.plain:
+        raise TypeError(f"{kind.type.__name__} is kept as {kind.plain.__name__} and not as {type(plain).__name__}")
+    return kind.load(plain)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -294,7 +312,7 @@ def _untagged(value: Any) -> Any:
         if tag == " di":
             return {key: _untagged(item) for key, item in plain.items()}
         if tag in _BY_TAG:
-            return _BY_TAG[tag].load(_untagged(plain))
+            return _load(_BY_TAG[tag], _untagged(plain))
         if tag.startswith(" "):
             raise ValueError(f"unknown tag {tag!r}")
     return {key: _untagged(item) for key, item in value.items()}
@@ -436,7 +454,7 @@ class PickleSerializer(Serializer):
 
 
 #: What decoding damaged input may raise.
-DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+DAMAGED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _UNPICKLABLE = (pickle.PicklingError, AttributeError, RecursionError, TypeError, ValueError)
 
 
@@ -572,7 +590,9 @@ def record_of(
     if not (
         type(data) is bytes
         and type(version) is int
+        and 0 < version < _MOST
         and type(session_id) is str
+        and is_session_id(session_id)
         and (user_id is None or type(user_id) is str)
         and (tenant_id is None or type(tenant_id) is str)
         and (end_reason is None or type(end_reason) is str)
@@ -580,8 +600,11 @@ def record_of(
         and type(accessed_at) in _NUMBERS
         and type(expires_at) in _NUMBERS
         and (ended_at is None or type(ended_at) in _NUMBERS)
+        and abs(created_at) < LAST_MOMENT
+        and abs(accessed_at) < LAST_MOMENT
+        and abs(expires_at) < LAST_MOMENT
     ):
-        raise TypeError("a field is of the wrong type")
+        raise TypeError("a field is of the wrong type or out of range")
     return SessionRecord(
         id=session_id,
         user_id=user_id,
@@ -599,6 +622,8 @@ def record_of(
 
 
 _NUMBERS = (float, int)
+#: Integers below are exact as floating point numbers too, as in a script of Redis.
+_MOST = 2**53
 _NO_TAGS: frozenset[str] = frozenset()
 
 
@@ -609,7 +634,12 @@ def dump_tags(tags: frozenset[str]) -> str:
 
 def load_tags(text: str) -> frozenset[str]:
     """The tags of ``dump_tags``. Raises ``ValueError`` or ``TypeError`` for other text."""
-    return frozenset(json.loads(text)) if text else _NO_TAGS
+    if not text:
+        return _NO_TAGS
+    tags = frozenset(json.loads(text))
+    if not all(type(tag) is str for tag in tags):
+        raise TypeError("a tag is no text")
+    return tags
 
 
 def dump_metadata(metadata: Mapping[str, JSON]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,8 @@ from flask.sessions import SessionMixin
 from .exceptions import StoreError
 from .manager import NOBODY, Outcome, Owner, SessionManager, StoredSession
 from .tokens import session_id
+
+log = logging.getLogger("flask_persist_session")
 
 #: Values of these types cannot change in place, so handing one out needs no look at the end whether it changed.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
@@ -44,6 +47,8 @@ class Session(SessionMixin):
         self._user_value: Any = None  # what stood under the user key when it was loaded
         self._frozen = False  # the session has ended: this request stores nothing any more
         self._failure: StoreError | None = None  # why it could not be loaded
+        self.renewal_failed = False
+        self.answered = False  # the view has returned: what is left reads the session, but must not fail on it
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
@@ -60,7 +65,11 @@ class Session(SessionMixin):
             except StoreError as error:
                 # Whoever answers the error may look at the session too, and must not wait for the store again.
                 self._failure, self._data = error, {}
-                raise
+                if not self.answered:
+                    raise
+                log.warning("a session could not be loaded, and so could not be renewed: %s", error)
+                self.renewal_failed = True
+                return self._data
             self._open(found, token)
             self._data = {} if self._stored is None else self._stored.data
         return self._data
@@ -143,7 +152,8 @@ class Session(SessionMixin):
     @modified.setter
     def modified(self, value: bool) -> None:
         self._load()
-        self._forced = bool(value)
+        if value or not (self._cleared or self._regenerate):  # what protects the user is not taken back by accident
+            self._forced = bool(value)
 
     @property
     def id(self) -> str | None:
@@ -197,7 +207,7 @@ class Session(SessionMixin):
         self._load()
         self._regenerate = True
         if self._forced is False:
-            self._forced = None  # what protects the user is not taken back by accident
+            self._forced = None
 
     def bind(self, user_id: object, tenant_id: object = None) -> None:
         """Make it the session of a user when it is saved, under a new token: the user has signed in.
@@ -315,5 +325,6 @@ class Session(SessionMixin):
 
     def _finish_save(self, outcome: Outcome, task: CookieTask) -> None:
         self._frozen = outcome == "discarded"
+        self.renewal_failed = outcome == "failed"
         if outcome == "saved" and self._cookie != "set":
             self._cookie = task

@@ -106,6 +106,7 @@ def make_app(tmp_path: Path) -> Iterator[Callable[..., Flask]]:
     def make(store: Any = "memory://", **settings: Any) -> Flask:
         app = Flask("tested", instance_path=str(tmp_path))
         app.config.update(SECRET_KEY="a secret for tests", TESTING=True, PERSIST_SESSION_STORE=store)
+        app.config["PERSIST_SESSION_CLEANUP_INTERVAL"] = 0  # no thread for each of a thousand applications
         app.config.update(settings)
         PersistSession(app)
         if "persist_session" in app.extensions:

@@ -6,10 +6,11 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ..exceptions import ConfigError
 from .base import SessionStore
@@ -113,16 +114,32 @@ def _take_apart(url: str, base_path: str) -> Location:
     return Location(parts._replace(query=""), options, base_path)
 
 
+def make_directory(path: str) -> None:
+    """Make a directory and those above it, each for this user alone; ``os.makedirs`` would do so for the last only."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        make_directory(os.path.dirname(path))
+        with suppress(FileExistsError):  # somebody else was faster
+            os.mkdir(path, 0o700)
+
+
 def redacted(url: SplitResult) -> str:
     """The URL without its password and query, for messages."""
-    return _hidden(urlunsplit(url._replace(query="", fragment="")))
+    # urlunsplit leaves out slashes before nothing, and those of a path that starts with two.
+    netloc = f"//{url.netloc}" if url.netloc or url.path.startswith("/") else ""
+    return _hidden(f"{url.scheme}:{netloc}{url.path}")
 
 
 def _hidden(url: str) -> str:
     """The URL without whatever stands before its last @, query included."""
-    scheme, separator, rest = url.partition("://")
-    _, at, place = rest.rpartition("@")
-    return f"{scheme}{separator}{'***@' if at else ''}{place.partition('?')[0]}"
+    scheme, colon, rest = url.partition(":")
+    place = rest.lstrip("/")
+    slashes = rest[: len(rest) - len(place)]
+    _, at, place = place.rpartition("@")
+    return f"{scheme}{colon}{slashes}{'***@' if at else ''}{place.partition('?')[0]}"
 
 
 def flag(text: str) -> bool:
@@ -132,17 +149,19 @@ def flag(text: str) -> bool:
     return text == "1"
 
 
-def count(text: str) -> int:
-    """Read an option that is a whole number above 0. Raises ``ValueError`` for anything else."""
-    value = int(text)
-    if value < 1:
-        raise ValueError("allowed is a whole number above 0")
-    return value
+def number(text: str) -> int:
+    """Read an option that is a whole number. Raises ``ValueError`` for anything else."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError("allowed is a whole number")
+    return int(text)
 
 
 def seconds(text: str) -> float:
     """Read an option that is a number of seconds above 0. Raises ``ValueError`` for anything else."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError("allowed is a number of seconds above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise ValueError("allowed is a number of seconds above 0, up to a day")
     return value

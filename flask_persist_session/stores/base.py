@@ -45,11 +45,12 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
-from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..tokens import shard_of
 
 log = logging.getLogger("flask_persist_session")
@@ -155,10 +156,20 @@ class SessionStore(ABC):
         raise UnsupportedByStore(f"{type(self).__name__} has no leases")
 
     def close(self) -> None:
-        """Give back what is held open (connections, files). Using the store again opens it anew; closing twice is fine."""
+        """Give back what the calling thread holds open; what other threads hold is given back when they end.
+
+        Using the store again opens it anew; closing twice is fine.
+        """
 
 
-_fork_hooks: list[weakref.WeakMethod[Callable[[], None]]] = []
+_Hooks: TypeAlias = "list[weakref.WeakMethod[Callable[[], None]]]"
+_before_fork: _Hooks = []
+_after_fork: _Hooks = []
+
+
+def before_fork(method: Callable[[], None]) -> None:
+    """Have a method of a store called before this process is forked, in the thread that does so."""
+    _remember(_before_fork, method)
 
 
 def after_fork(method: Callable[[], None]) -> None:
@@ -166,30 +177,37 @@ def after_fork(method: Callable[[], None]) -> None:
 
     The child has one thread: it must give up the connections of the parent, and locks that another thread held.
     """
-    _fork_hooks[:] = [hook for hook in _fork_hooks if hook() is not None]
-    _fork_hooks.append(weakref.WeakMethod(method))
+    _remember(_after_fork, method)
 
 
-def _run_fork_hooks() -> None:
-    for hook in _fork_hooks:
+def _remember(hooks: _Hooks, method: Callable[[], None]) -> None:
+    hooks[:] = [hook for hook in hooks if hook() is not None]
+    hooks.append(weakref.WeakMethod(method))
+
+
+def _run(hooks: _Hooks) -> None:
+    for hook in hooks:
         method = hook()
         if method is not None:
             method()
 
 
-os.register_at_fork(after_in_child=_run_fork_hooks)
+os.register_at_fork(before=partial(_run, _before_fork), after_in_child=partial(_run, _after_fork))
 
 
 def check_save(record: SessionRecord, expected: int) -> None:
     """Refuse what no store may save.
 
-    Raises ``ValueError`` for a malformed id, a version that does not follow, a user, tenant or reason that not every
-    database can keep, or a new session outside of the shard of its user, where the index of the user's sessions is.
+    Raises ``ValueError`` for a malformed id, a version that does not follow, a time beyond all dates, a user, tenant or
+    reason that not every database can keep, or a new session outside of the shard of its user, where the index of the
+    user's sessions is.
     """
     if not is_session_id(record.id):
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
     if record.version != expected + 1:
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
+    if not all(abs(time) < LAST_MOMENT for time in (record.created_at, record.accessed_at, record.expires_at)):
+        raise ValueError(f"a time of session {record.id} is no moment up to the year 9000, in seconds since the epoch")
     for name in ("user_id", "tenant_id", "end_reason"):
         _check_name(name, getattr(record, name))
     if expected == 0 and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
@@ -197,18 +215,17 @@ def check_save(record: SessionRecord, expected: int) -> None:
 
 
 def _check_name(field: str, value: str | None) -> None:
-    if value is not None and (len(value) > LONGEST_NAME or "\0" in value or not _is_unicode(value)):
+    if value is not None and not _is_name(value):
         raise ValueError(
             f"{field} {value[:40]!r} cannot be stored: at most {LONGEST_NAME} characters of Unicode, without NUL"
         )
 
 
-def _is_unicode(value: str) -> bool:
+def _is_name(value: str | None) -> bool:
     try:
-        value.encode()
+        return value is None or (len(value) <= LONGEST_NAME and "\0" not in value and bool(value.encode() or True))
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def conflict(session_id: str, expected: int) -> SessionConflict:
@@ -220,6 +237,18 @@ def conflict(session_id: str, expected: int) -> SessionConflict:
 def cannot_list(store: SessionStore, why: str) -> NoReturn:
     """Raise the error of a store that has no way to enumerate its records."""
     raise UnsupportedByStore(f"{type(store).__name__} cannot list sessions: {why}")
+
+
+def that_of(record: SessionRecord, session_id: str) -> SessionRecord:
+    """*record*, if it is the one that was asked for. Raises ``SerializationError`` for one that says it is another's."""
+    if record.id != session_id:
+        raise SerializationError("the record is that of another session")
+    return record
+
+
+def can_match(query: SessionQuery) -> bool:
+    """Whether any record can have the user and tenant of *query*: a driver may not even take what no store keeps."""
+    return _is_name(query.user_id) and _is_name(query.tenant_id)
 
 
 def log_unreadable(session_id: str, error: SerializationError) -> None:

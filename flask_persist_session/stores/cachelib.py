@@ -2,7 +2,7 @@
 
 A cache has no compare-and-set and no listing. Saves are serialised within this process, so a cache that only this
 process reaches is as safe as memory; between processes, a save and another change at the very same moment can lose one of
-the two. For sessions of several processes prefer the other stores.
+the two, and a save that overlaps a sign-out can undo it. For sessions of several processes prefer the other stores.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from cachelib import BaseCache, NullCache, SimpleCache
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
-from .base import SessionStore, after_fork, cannot_list, check_save, conflict
+from .base import SessionStore, after_fork, cannot_list, check_save, conflict, that_of
 
 log = logging.getLogger("flask_persist_session")
 
 #: How much later than ``expires_at`` an entry's own time to live ends, in seconds.
 _MARGIN = 86400
+#: Caches keep times in 32 bits; ten years from now still fit.
+_LONGEST = 10 * 365 * 86400
 _LOCKS = 64
 #: What the drivers of cachelib's caches raise; looked up among the modules that are loaded anyway.
 _DRIVER_ERRORS = (
@@ -67,13 +69,14 @@ class CachelibStore(SessionStore):
         if not isinstance(cache, BaseCache) or isinstance(cache, NullCache):
             raise ConfigError(
                 f"{cache!r:.80} ({type(cache).__name__}) is no store; allowed is a URL, a SessionStore or a cachelib "
-                "cache that keeps what it is given"
+                "cache that keeps what it is given; wrap a Redis client as "
+                "flask_persist_session.stores.redis.RedisStore(client)"
             )
         store = cls(cache, namespace)
         if not store.atomic:
             log.warning(
                 "sessions are kept in a %s, which has no compare-and-set: processes that change one session at the "
-                "same moment can lose a change; SQLite, PostgreSQL, Redis and files do not",
+                "same moment can lose a change, even a sign-out; SQLite, PostgreSQL, Redis and files do not",
                 type(cache).__name__,
             )
         return store
@@ -87,20 +90,22 @@ class CachelibStore(SessionStore):
             return None
         if not isinstance(packed, bytes):
             raise SerializationError(f"the cache entry is a {type(packed).__name__} and no session record")
-        return unpack_record(packed)
+        return that_of(unpack_record(packed), session_id)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         packed = pack_record(record)
         # From the record's own times, so that a clock other than the cache's does no harm.
-        lifetime = int(max(0.0, record.expires_at - record.accessed_at)) + _MARGIN
+        lifetime = int(min(_LONGEST, max(0.0, record.expires_at - record.accessed_at))) + _MARGIN
         key = self._prefix + record.id
         with self._lock(record.id), self._errors():
             if expected == 0:
                 # The one step that most caches do as a whole; a refusal means that the id is taken.
-                if not self._cache.add(key, packed, lifetime):
+                if self._cache.add(key, packed, lifetime):
+                    return
+                if self._cache.has(key):
                     raise conflict(record.id, expected)
-                return
+                raise StoreError(f"{type(self._cache).__name__} did not store session {record.id}")
             if self._version(record.id) != expected:
                 raise conflict(record.id, expected)
             if not self._cache.set(key, packed, lifetime):

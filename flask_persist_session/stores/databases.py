@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 import peewee as pw
 
 from ..exceptions import ConfigError
-from . import Location, seconds
+from . import Location, make_directory, seconds
 
 #: Makes a database object that is not connected yet.
 Connect = Callable[[], "PerThread"]
@@ -26,52 +27,46 @@ Connect = Callable[[], "PerThread"]
 inherited: list[object] = []
 
 
-_translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
+#: Turns errors of the drivers into those of peewee, for what peewee leaves to its callers.
+translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 
 class _Closer:
     """Closes a connection when the thread that keeps it has ended; the drivers only warn that it was left open."""
 
-    def __init__(self, connection: Any, connections: set[Any]) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._connections = connections
         self._process = os.getpid()
 
     def __del__(self) -> None:
         if self._process != os.getpid():
             inherited.append(self._connection)
-        elif self._connection in self._connections:
-            self._connections.discard(self._connection)
-            close_quietly(self._connection)
-
-
-def close_quietly(connection: Any) -> None:
-    """Close a connection that nobody needs any more, be it broken or not."""
-    with suppress(pw.PeeweeException), _translated:
-        connection.close()
+            return
+        with suppress(pw.PeeweeException), translated:  # nobody needs it any more, be it broken or not
+            self._connection.close()
 
 
 class PerThread(pw.Database):
-    """A database that knows the connections of all its threads."""
+    """A database whose connections are closed when the thread that opened them ends."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.connections: set[Any] = set()
         self._own = threading.local()
         super().__init__(*arguments, **options)
+        # peewee connects one thread after the other, so each would wait out its timeout behind all that came before.
+        self._lock = nullcontext()
 
     def _connect(self) -> Any:
         connection = super()._connect()  # type: ignore[misc]
-        self.connections.add(connection)
-        self._own.closer = _Closer(connection, self.connections)
+        self._own.closer = _Closer(connection)
         return connection
-
-    def _close(self, connection: Any) -> None:
-        self.connections.discard(connection)
-        super()._close(connection)  # type: ignore[misc]
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
-    pass
+    def _connect(self) -> Any:
+        connection: Any = super()._connect()
+        # By default a damaged text makes the driver fail for the whole statement; so it damages its own record only.
+        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+        return connection
 
 
 class _Adapter(pw.Psycopg3Adapter):
@@ -129,7 +124,7 @@ def _synchronous(text: str) -> str:
 def _check_file(path: str) -> None:
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_directory(folder)
         # SQLite would make it readable for everybody; its -wal and -shm files get the mode of this one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
@@ -143,7 +138,7 @@ def open_postgresql(location: Location) -> tuple[str, Connect, float]:
     if find_spec("psycopg") is None:
         raise ConfigError(f"{location} needs psycopg: pip install 'flask-persist-session[postgresql]'")
     url, name = location.url, unquote(location.url.path.removeprefix("/"))
-    if not name:
+    if not name or not url.path.startswith("/"):
         raise ConfigError(f"{location} names no database; write postgresql://user:password@host:port/name")
     options: dict[str, Any] = {"host": url.hostname} | location.read_options(
         timeout=seconds, host=str, sslmode=str, sslrootcert=str

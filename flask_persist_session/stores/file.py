@@ -20,6 +20,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import random
 import secrets
 import struct
 import time
@@ -32,8 +33,8 @@ from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnava
 from ..records import SessionQuery, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
-from . import Location, flag
-from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut
+from . import Location, flag, make_directory, seconds
+from .base import SessionStore, check_save, conflict, log_unreadable, order_and_cut, that_of
 
 _SUFFIX = ".session"
 #: A file is rewritten once it is larger than this and than so many times its newest frame. A rewrite costs as much as
@@ -47,10 +48,15 @@ _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno
 
 
 def open_location(location: Location, namespace: str) -> FileStore:
-    """``file:///absolute/path`` or ``file:relative``; ``fsync=1`` makes each save survive a power cut."""
+    """``file:///absolute/path`` or ``file:relative``.
+
+    Options: ``fsync`` (1 makes each save survive a power cut), ``timeout`` (seconds to wait for another writer, 5).
+    """
     if location.url.netloc:
         raise ConfigError(f"{location} names a host; write file:///absolute/path or file:relative/path")
-    options = location.read_options(fsync=flag)
+    if not location.url.path.strip("/"):
+        raise ConfigError(f"{location} names no directory; write file:///absolute/path or file:relative/path")
+    options = location.read_options(fsync=flag, timeout=seconds)
     return FileStore(location.path(location.url.path), namespace, **options)
 
 
@@ -61,20 +67,28 @@ class FileStore(SessionStore):
     :param namespace: which of the sessions kept there.
     :param fsync: wait until each save is on the disk. Without it a save survives the end of the process, but not a
         power cut.
+    :param timeout: seconds to wait for another writer of the same session.
 
     Raises ``ConfigError`` if the directory cannot be made or written.
     """
 
-    def __init__(self, root: str, namespace: str = "web", *, fsync: bool = False) -> None:
+    def __init__(self, root: str, namespace: str = "web", *, fsync: bool = False, timeout: float = 5.0) -> None:
         self._folder = os.path.join(root, namespace)
         self._fsync = fsync
+        self._timeout = timeout
         self._holder = secrets.token_hex(16)
         try:
-            _make_directory(self._folder)
+            make_directory(self._folder)
         except OSError as error:
             raise ConfigError(f"the session directory {root} cannot be made: {error.strerror}") from error
         if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
             raise ConfigError(f"the session directory {self._folder} cannot be written by this user")
+        found = os.stat(self._folder)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise ConfigError(
+                f"the session directory {self._folder} belongs to somebody else or can be written by others, who could "
+                "put files of theirs in it; make it this user's alone (mode 0700)"
+            )
 
     # The contract -----------------------------------------------------------------------------------------------------
 
@@ -82,26 +96,30 @@ class FileStore(SessionStore):
         if not is_session_id(session_id):
             return None
         try:
-            frame = _read(self._path(session_id))
+            frame = _read(self._path(session_id), self._timeout)
         except OSError as error:
             raise _failure(error) from error
-        return None if frame is None else unpack_record(frame.record)
+        return None if frame is None else _record_of(frame, session_id)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         frame = _frame(record.version, pack_record(record))
         path = self._path(record.id)
         try:
-            handle, size = _lock(path, create=expected == 0)
+            if expected == 0:
+                self._index(record)
+            handle, size = _lock(path, self._timeout, create=expected == 0)
             try:
                 end = _end_of_version(handle, size, expected)
                 if end is None:
                     raise conflict(record.id, expected)
-                if expected == 0:
-                    self._index(record)
                 if end < size:
                     os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
-                self._append(path, handle, end, frame)
+                if record.ended_at is not None:
+                    # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.
+                    self._rewrite(path, frame)
+                else:
+                    self._append(path, handle, end, frame)
             finally:
                 _unlock(handle)
         except OSError as error:
@@ -112,13 +130,15 @@ class FileStore(SessionStore):
             return False
         path = self._path(session_id)
         try:
-            handle, size = _lock(path, create=False)
+            handle, size = _lock(path, self._timeout, create=False)
             try:
                 wrong = expected is not None and _end_of_version(handle, size, expected) is None
                 if handle == _NO_FILE or wrong:
                     return False
                 os.unlink(path)
-                self._unindex(_last_frame(handle, size))
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
+                self._unindex(session_id, _last_frame(handle, size))
                 return True
             finally:
                 _unlock(handle)
@@ -142,10 +162,10 @@ class FileStore(SessionStore):
         path = os.path.join(self._folder, "leases", name)
         holder = f"{os.getpid()}:{self._holder}"
         try:
-            handle, _ = _lock(path, create=True)
+            handle, _ = _lock(path, self._timeout, create=True)
             try:
-                until, _, present = os.pread(handle, 200, 0).decode().partition(" ")
-                if until and present != holder and time.time() < float(until):
+                until, _, present = os.pread(handle, 200, 0).decode("ascii", "replace").partition(" ")
+                if present != holder and time.time() < _moment(until):
                     return False
                 os.ftruncate(handle, 0)
                 _write(handle, f"{time.time() + seconds} {holder}".encode(), 0)
@@ -180,7 +200,7 @@ class FileStore(SessionStore):
     def _rewrite(self, path: str, frame: bytes) -> None:
         # Only the holder of the lock writes this name, so what it finds there was left by a crash.
         temporary = f"{path}.tmp"
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _SAFELY, 0o600)
         try:
             _write(handle, frame, 0)
             if self._fsync:
@@ -202,10 +222,13 @@ class FileStore(SessionStore):
         if record.user_id is not None:
             os.close(_open(self._entry(record), os.O_WRONLY | os.O_CREAT))
 
-    def _unindex(self, last: _Frame | None) -> None:
+    def _unindex(self, session_id: str, last: _Frame | None) -> None:
         if last is None:
             return
-        record = unpack_record(last.record)
+        try:
+            record = _record_of(last, session_id)
+        except SerializationError:
+            return  # whose it was cannot be known any more
         if record.user_id is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._entry(record))
@@ -295,6 +318,21 @@ def _last_before_torn_tail(content: bytes) -> _Frame | None:
     return last
 
 
+def _record_of(frame: _Frame, session_id: str) -> SessionRecord:
+    record = that_of(unpack_record(frame.record), session_id)
+    if record.version != frame.version:
+        raise SerializationError("the version of the frame is not that of its record")
+    return record
+
+
+def _moment(text: str) -> float:
+    """The time in a lease; long ago for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 def _is_unfinished(content: bytes) -> bool:
     """Whether a file ends within its first frame, as it does when its writer was stopped: nothing was ever saved."""
     header = _header_at(content, 0)
@@ -329,24 +367,54 @@ def _version_at_end(handle: int, size: int) -> int | None:
 # Locks ----------------------------------------------------------------------------------------------------------------
 
 _NO_FILE = -1
+#: Neither follow a link nor wait for the other end of a pipe that somebody put in place of a file.
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-def _lock(path: str, *, create: bool) -> tuple[int, int]:
+def _lock(path: str, timeout: float, *, create: bool) -> tuple[int, int]:
     """Open a file, made if need be with *create*, and lock it for this thread alone until ``_unlock``.
 
-    Returns its handle and size; ``_NO_FILE`` and 0 if there is none.
+    Returns its handle and size; ``_NO_FILE`` and 0 if there is none. Raises ``TimeoutError`` if somebody else has held
+    it for *timeout* seconds.
     """
     while True:
         try:
             handle = _open(path, os.O_RDWR | (os.O_CREAT if create else 0))
         except FileNotFoundError:
             return _NO_FILE, 0
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        found = os.fstat(handle)
-        # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
-        if found.st_nlink:
-            return handle, found.st_size
+        try:
+            waited = _wait_for_lock(handle, path, timeout)
+            found = os.fstat(handle)
+            # Whoever held the lock before may have removed or replaced the file: then this is a lock on nothing.
+            if found.st_nlink and not (waited and _is_replaced(path, found)):
+                return handle, found.st_size
+        except OSError:
+            os.close(handle)
+            raise
         _unlock(handle)
+
+
+def _wait_for_lock(handle: int, path: str, timeout: float) -> bool:
+    """Take the lock; say whether it had to be waited for."""
+    end: float | None = None
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return end is not None
+        except BlockingIOError:
+            end = end or time.monotonic() + timeout
+            if time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, "somebody else has it locked", path) from None
+            time.sleep(random.uniform(0, 0.002))
+
+
+def _is_replaced(path: str, opened: os.stat_result) -> bool:
+    """Whether *path* is another file by now; a backup of hard links may have kept the old one alive."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return True
+    return (found.st_ino, found.st_dev) != (opened.st_ino, opened.st_dev)
 
 
 def _unlock(handle: int) -> None:
@@ -367,45 +435,33 @@ def _failure(error: OSError) -> StoreError:
 def _open(path: str, flags: int) -> int:
     """Open a file, making its directory if it is to be created."""
     try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        return os.open(path, flags | _SAFELY, 0o600)
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
-    _make_directory(os.path.dirname(path))
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    make_directory(os.path.dirname(path))
+    return os.open(path, flags | _SAFELY, 0o600)
 
 
-def _make_directory(path: str) -> None:
-    """Make a directory and those above it, each for this user alone; ``os.makedirs`` would do so for the last only."""
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        _make_directory(os.path.dirname(path))
-        with suppress(FileExistsError):  # somebody else was faster
-            os.mkdir(path, 0o700)
-
-
-def _read(path: str) -> _Frame | None:
+def _read(path: str, timeout: float) -> _Frame | None:
     """The last intact frame of a session's file; ``None`` if there is no file.
 
     Raises ``SerializationError`` if there is a file without an intact frame.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | _SAFELY)
     except FileNotFoundError:
         return None
     try:
         frame = _last_frame(handle, os.fstat(handle).st_size)
     finally:
         os.close(handle)
-    return frame or _read_locked(path)
+    return frame or _read_locked(path, timeout)
 
 
-def _read_locked(path: str) -> _Frame | None:
+def _read_locked(path: str, timeout: float) -> _Frame | None:
     """The same once nobody writes any more: a file without an intact frame may be about to get its first."""
-    handle, size = _lock(path, create=False)
+    handle, size = _lock(path, timeout, create=False)
     try:
         frame = None if handle == _NO_FILE else _last_frame(handle, size)
         if handle != _NO_FILE and frame is None:

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -34,8 +33,8 @@ from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnava
 from ..records import Change, Deletion, SessionQuery, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
-from . import Location, count, seconds
-from .base import SessionStore, after_fork, check_save, conflict, log_unreadable, order_and_cut
+from . import Location, number, seconds
+from .base import SessionStore, after_fork, can_match, check_save, conflict, log_unreadable, order_and_cut, that_of
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
 _MARGIN = 7 * 86400
@@ -49,16 +48,18 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     """``redis://user:password@host:port/db``, ``rediss://…`` with TLS, or ``unix:///path/to/socket``.
 
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
-    ``db``, ``max_connections``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
+    ``db``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
     """
-    if location.scheme != "unix" and not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
-        raise ConfigError(f"{location} names the database {location.url.path[1:]!r}; allowed is a number")
+    if location.scheme == "unix":
+        if location.url.netloc.rpartition("@")[2] or not location.url.path.startswith("/"):
+            raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
+    elif not location.url.netloc or not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
+        raise ConfigError(f"{location} does not fit; write {location.scheme}://host:6379/0, with the database's number")
     tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if location.scheme == "rediss" else ()
     readers: dict[str, Callable[[str], Any]] = {
         "timeout": seconds,
         "prefix": str,
-        "db": int,
-        "max_connections": count,
+        "db": number,
         **dict.fromkeys(tls, str),
     }
     options = location.read_options(**readers)
@@ -72,6 +73,7 @@ def open_location(location: Location, namespace: str) -> RedisStore:
             # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             single_connection_client=True,
+            **({"ssl_check_hostname": True} if location.scheme == "rediss" else {}),
             **options,
         )
 
@@ -91,10 +93,9 @@ class ClientPerThread:
 
     def _start(self) -> None:
         self._own = threading.local()
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _leave_to_parent(self) -> None:
-        _inherited.append((self._own, list(self._all)))
+        _inherited.append(self._own)
         self._start()
 
     def __call__(self) -> Any:
@@ -102,14 +103,12 @@ class ClientPerThread:
             return self._own.client
         except AttributeError:
             self._own.client = client = self._connect()
-            self._all.add(client)
             return client
 
     def close(self) -> None:
-        """Close the connections of all threads; who goes on gets a new one."""
-        clients = list(self._all)
-        self._start()
-        for client in clients:
+        """Close the connection of this thread, which gets a new one when it goes on. Those of others close with them."""
+        client = self._own.__dict__.pop("client", None)
+        if client is not None:
             client.close()
 
 
@@ -147,7 +146,8 @@ class RedisStore(SessionStore):
             if str(error).startswith("WRONGTYPE"):
                 raise SerializationError("the key does not hold a hash") from error
             raise self._failure(error) from error
-        return _record(found)
+        record = _record(found)
+        return None if record is None else that_of(record, session_id)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
@@ -168,8 +168,10 @@ class RedisStore(SessionStore):
         return self._records(self._ids("-inf", "+inf"), self._expiry_key_of)
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        if not can_match(query):
+            return iter(())
         if query.ids is not None:
-            records = self._records(filter(is_session_id, sorted(query.ids)), self._expiry_key_of)
+            records = self._records(filter(is_session_id, sorted(query.ids)), None)
         elif query.user_id is not None:
             index = self._user_key(shard_of(query.user_id), query.user_id)
             records = self._records(self._ids_of_user(index), lambda _: index)
@@ -235,14 +237,14 @@ class RedisStore(SessionStore):
                     pipeline.zrangebyscore(self._expiry_key(f"{shard:03x}"), lowest, highest)
                 answers = pipeline.execute()
             for ids in answers:
-                yield from (session_id.decode() for session_id in ids)
+                yield from _ids_in(ids)
 
     def _ids_of_user(self, index: str) -> list[str]:
         with self._errors():
-            return [session_id.decode() for session_id in self._client.zrange(index, 0, -1)]
+            return list(_ids_in(self._client.zrange(index, 0, -1)))
 
-    def _records(self, ids: Iterable[str], index_of: Callable[[str], str]) -> Iterator[SessionRecord]:
-        """The records of *ids*, which were found in the index that *index_of* names."""
+    def _records(self, ids: Iterable[str], index_of: Callable[[str], str] | None) -> Iterator[SessionRecord]:
+        """The records of *ids*, which were found in the index that *index_of* names, if in any."""
         ids = iter(ids)
         while page := list(islice(ids, _PAGE)):
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
@@ -251,6 +253,8 @@ class RedisStore(SessionStore):
                 answers = pipeline.execute(raise_on_error=False)
             for session_id, found in zip(page, answers, strict=True):
                 if found == [None, None]:
+                    if index_of is None:
+                        continue
                     # The key's own time to live took it, which no script notices. The index follows now.
                     with self._errors():
                         self._run(_PRUNE, (2, self._key(session_id), index_of(session_id), session_id))
@@ -385,6 +389,11 @@ def _record(found: Any) -> SessionRecord | None:
     if version != str(record.version).encode():
         raise SerializationError("the version of the hash is not that of its record")
     return record
+
+
+def _ids_in(members: Iterable[bytes]) -> Iterator[str]:
+    """The session ids among the members of an index; anything else was put there by somebody else."""
+    return filter(is_session_id, (member.decode("ascii", "replace") for member in members))
 
 
 def _bounds(query: SessionQuery) -> tuple[str, str]:

@@ -22,8 +22,19 @@ from ..exceptions import SerializationError, StoreError, StoreUnavailable
 from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location
-from .base import FIXED_FIELDS, SessionStore, after_fork, check_save, conflict, log_unreadable, order_and_cut
-from .databases import Connect, close_quietly, inherited, open_postgresql, open_sqlite
+from .base import (
+    FIXED_FIELDS,
+    SessionStore,
+    after_fork,
+    before_fork,
+    can_match,
+    check_save,
+    conflict,
+    log_unreadable,
+    order_and_cut,
+    that_of,
+)
+from .databases import Connect, inherited, open_postgresql, open_sqlite, translated
 
 SCHEMA_VERSION = 1
 _PAGE = 500
@@ -59,6 +70,7 @@ class SQLStore(SessionStore):
         self._namespace = namespace
         self._holder = secrets.token_hex(16)
         self._open_database()
+        before_fork(self._close_idle)
         after_fork(self._leave_to_parent)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}")
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
@@ -75,7 +87,7 @@ class SQLStore(SessionStore):
                 raise self._failure(error) from error
             with self._using():  # the server was restarted, say: once more on a new connection
                 row = self._row(session_id)
-        return None if row is None else _record(row)
+        return None if row is None else that_of(_record(row), session_id)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
@@ -94,6 +106,8 @@ class SQLStore(SessionStore):
         return self.find(SessionQuery())
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        if not can_match(query):
+            return iter(())
         if query.ids is not None and len(query.ids) > _PAGE:
             return order_and_cut(self._in_parts(query, sorted(query.ids)), query)
         # What the database cannot judge is judged on what it yields; then it cannot cut either.
@@ -104,7 +118,11 @@ class SQLStore(SessionStore):
         return islice(matching, query.offset, None if query.limit is None else query.offset + query.limit)
 
     def count(self, query: SessionQuery) -> int:
-        if _without_what_sql_judges(query) is not None or (query.ids is not None and len(query.ids) > _PAGE):
+        if (
+            not can_match(query)
+            or _without_what_sql_judges(query) is not None
+            or (query.ids is not None and len(query.ids) > _PAGE)
+        ):
             return super().count(query)
         with self._using() as database:
             found = self._model.select(pw.fn.COUNT(pw.SQL("*"))).where(*self._conditions(query)).scalar(database)
@@ -159,16 +177,18 @@ class SQLStore(SessionStore):
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
     def close(self) -> None:
-        # Other threads find a database that is not connected, and connect anew.
-        connections = self._database.connections
-        self._open_database()
-        while connections:
-            close_quietly(connections.pop())
+        # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
+        try:
+            if not self._database.is_closed():
+                self._database.close()
+        except pw.PeeweeException as error:
+            raise self._failure(error) from error
 
     # One row ----------------------------------------------------------------------------------------------------------
 
     def _row(self, session_id: str) -> Any:
-        return self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
+        with translated:
+            return self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
 
     # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
     # BEGIN IMMEDIATE, waiting for it within the timeout.
@@ -244,7 +264,7 @@ class SQLStore(SessionStore):
             if after is not None:
                 here, there = pw.Tuple(*keys), pw.Tuple(*after)
                 page = page.where(here < there if descending else here > there)
-            with self._using() as database:
+            with self._using() as database, translated:
                 found = list(page.tuples().execute(database))
             records = list(_readable(found))
             yield from records
@@ -259,6 +279,13 @@ class SQLStore(SessionStore):
         self._database = self._connect()
         self._lock = threading.Lock()
         self._ready = False
+
+    def _close_idle(self) -> None:
+        # SQLite takes its locks for the process that it knows, so a child that inherits its tables believes to hold
+        # what the parent holds: then somebody may remove the log that the child goes on writing to. Threads other than
+        # the forking one keep theirs; fork before starting threads.
+        if not self._database.is_closed() and not self._database.in_transaction():
+            self.close()
 
     def _leave_to_parent(self) -> None:
         inherited.append(self._database)
@@ -292,9 +319,9 @@ class SQLStore(SessionStore):
         return (StoreUnavailable if passing else StoreError)(f"{self._name} failed: {error}")
 
     def _prepare(self) -> None:
+        self._connect_in_turn()  # outside of the lock: nobody waits for the connections of other threads
         with self._lock:
             if not self._ready:
-                self._connect_in_turn()
                 with self._database.atomic():
                     self._make_tables()
                 self._ready = True
