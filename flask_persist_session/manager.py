@@ -392,8 +392,9 @@ class SessionManager:
             except SessionConflict:
                 self._send(signals.session_conflict, signals.SessionConflicted(session_id=record.id, attempt=attempt))
             else:
-                event = signals.SessionSaved(session_id=record.id, version=session.record.version)
-                self._send(signals.session_saved, event)
+                if signals.session_saved.receivers:  # each change comes by here
+                    event = signals.SessionSaved(session_id=record.id, version=session.record.version)
+                    self._send(signals.session_saved, event)
                 return "saved"
             _pause(attempt)
             current = self._current(record.id)
