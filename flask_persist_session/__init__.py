@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cleanup import CleanupReport
 from .exceptions import (
     ConfigError,
     PersistSessionError,
@@ -15,7 +16,7 @@ from .exceptions import (
     UnsupportedByStore,
 )
 from .extension import PersistSession
-from .manager import CleanupReport, SessionManager, StoredSession
+from .manager import SessionManager
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
@@ -44,6 +45,7 @@ from .signals import (
     session_unbound,
     sessions_cleaned_up,
 )
+from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
 

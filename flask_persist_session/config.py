@@ -50,6 +50,9 @@ class Config:
     """How many active sessions a user may have; 0: any number."""
     cap_policy: CapPolicy = "evict_oldest"
     """What a sign-in beyond that does: ``evict_oldest`` ends the oldest session, ``reject`` refuses the new one."""
+    max_sessions: int = 0
+    """About how many sessions the store may keep, expired and ended ones until they are cleaned up included; 0: any
+    number. Beyond that no new one is made."""
     max_bytes: int = 1024 * 1024
     """Largest encoded payload of one session, in bytes."""
     cleanup_interval: float = 600.0
@@ -176,6 +179,7 @@ _CHECKS = {
     "user_key": _key,
     "max_per_user": _count,
     "cap_policy": _policy,
+    "max_sessions": _count,
     "max_bytes": _size,
     "cleanup_interval": _duration,
     "no_store": _flag,

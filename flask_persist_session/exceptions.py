@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class PersistSessionError(Exception):
     """Base of all errors of this package."""
@@ -31,7 +33,12 @@ class SessionNotFound(PersistSessionError):
 
 
 class SessionLimitReached(PersistSessionError):
-    """No further session is allowed; inside a request this becomes an HTTP 409."""
+    """No further session is allowed: of this user (inside a request an HTTP 409), or in the whole store (a 503)."""
+
+    def __init__(self, message: str, *, scope: Literal["user", "store"] = "user") -> None:
+        super().__init__(message)
+        self.scope = scope
+        """Whether the ``user`` or the ``store`` has as many as are allowed."""
 
 
 class StoreError(PersistSessionError):

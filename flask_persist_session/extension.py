@@ -72,6 +72,7 @@ class PersistSession:
             user_key=config.user_key,
             max_per_user=config.max_per_user,
             cap_policy=config.cap_policy,
+            max_sessions=config.max_sessions,
             sender=app,
         )
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
@@ -117,15 +118,20 @@ def _state() -> _State:
 
 def _answer_unavailable(error: StoreUnavailable) -> Response:
     current_app.logger.error("the session store is unavailable: %s", error)
-    answer = current_app.handle_http_exception(
-        ServiceUnavailable("The session store cannot be reached. Please try again shortly.", retry_after=_RETRY_AFTER)
-    )
+    return _unavailable("The session store cannot be reached. Please try again shortly.")
+
+
+def _answer_limit(error: SessionLimitReached) -> Response:
+    if error.scope == "store":
+        current_app.logger.error("no new session: %s", error)
+        return _unavailable("The server has too many sessions. Please try again later.")
+    answer = current_app.handle_http_exception(Conflict("You are signed in too often. Sign out elsewhere first."))
+    return current_app.make_response(answer)
+
+
+def _unavailable(text: str) -> Response:
+    answer = current_app.handle_http_exception(ServiceUnavailable(text, retry_after=_RETRY_AFTER))
     response = current_app.make_response(answer)
     if response.status_code == ServiceUnavailable.code:  # also from a page of the application's own
         response.headers.setdefault("Retry-After", str(_RETRY_AFTER))
     return response
-
-
-def _answer_limit(error: SessionLimitReached) -> Response:
-    answer = current_app.handle_http_exception(Conflict("You are signed in too often. Sign out elsewhere first."))
-    return current_app.make_response(answer)

@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 from flask.sessions import SessionMixin
 
 from .exceptions import StoreError
-from .manager import NOBODY, Outcome, Owner, SessionManager, StoredSession
+from .manager import Outcome, SessionManager
+from .stored import NOBODY, Owner, StoredSession
 from .tokens import session_id
 
 log = logging.getLogger("flask_persist_session")

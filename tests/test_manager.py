@@ -320,20 +320,23 @@ def test_cleanup_with_an_age_removes_idle_sessions(manager: SessionManager, cloc
     assert manager.get(used.id) is not None
 
 
-def test_cleanup_spares_a_session_renewed_meanwhile(manager: SessionManager, clock: Clock) -> None:
+def test_cleanup_spares_a_session_renewed_meanwhile(
+    manager: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was saved between being seen expired and being removed stays, because exactly that version is removed."""
     session = manager.create()
     seen = session.record
     clock.advance(60)
     manager.renew(session)
     clock.now = seen.expires_at
-    assert manager._remove([seen]) == []
+    monkeypatch.setattr(manager.store, "find", lambda query: iter([seen]))
+    assert manager.cleanup().removed == 0
     assert manager.store.get(session.id) == session.record
 
 
 def test_cleanup_takes_more_than_one_batch(manager: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, all that has expired is removed."""
-    monkeypatch.setattr("flask_persist_session.manager._BATCH", 7)
+    monkeypatch.setattr("flask_persist_session.cleanup._BATCH", 7)
     for _ in range(20):
         manager.create()
     clock.advance(10_000)

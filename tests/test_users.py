@@ -20,7 +20,7 @@ from flask_persist_session import (
     SessionStore,
     open_store,
 )
-from flask_persist_session.manager import NOBODY, Owner
+from flask_persist_session.stored import NOBODY, Owner
 from tests.conftest import Clock
 from tests.counting import CountingStore
 from tests.web import PROCESSES

@@ -147,7 +147,7 @@ class FileStore(SessionStore):
 
     def scan(self) -> Iterator[SessionRecord]:
         for shard in range(SHARDS):
-            yield from self._records(_names(os.path.join(self._folder, f"{shard:03x}"), _SUFFIX))
+            yield from self._records(self._ids_in(shard))
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         if query.ids is not None:
@@ -157,6 +157,11 @@ class FileStore(SessionStore):
         else:
             records = self.scan()
         return order_and_cut((record for record in records if query.matches(record)), query)
+
+    def count(self, query: SessionQuery) -> int:
+        if query != SessionQuery():
+            return super().count(query)
+        return sum(1 for shard in range(SHARDS) for _ in self._ids_in(shard))
 
     def lease(self, name: str, seconds: float) -> bool:
         path = os.path.join(self._folder, "leases", name)
@@ -238,6 +243,9 @@ class FileStore(SessionStore):
 
     def _ids_of_user(self, user_id: str) -> Iterator[str]:
         return _names(os.path.join(self._folder, shard_of(user_id), "users", _hash(user_id)), "")
+
+    def _ids_in(self, shard: int) -> Iterator[str]:
+        return _names(os.path.join(self._folder, f"{shard:03x}"), _SUFFIX)
 
     def _records(self, ids: Iterator[str]) -> Iterator[SessionRecord]:
         for session_id in ids:

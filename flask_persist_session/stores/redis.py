@@ -179,6 +179,14 @@ class RedisStore(SessionStore):
             records = self._records(self._ids(*_bounds(query)), self._expiry_key_of)
         return order_and_cut((record for record in records if query.matches(record)), query)
 
+    def count(self, query: SessionQuery) -> int:
+        if query != SessionQuery():
+            return super().count(query)
+        with self._errors(), self._client.pipeline(transaction=False) as pipeline:
+            for shard in range(SHARDS):
+                pipeline.zcard(self._expiry_key(f"{shard:03x}"))
+            return sum(pipeline.execute())
+
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)

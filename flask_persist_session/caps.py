@@ -1,0 +1,118 @@
+"""How many sessions there may be: of one user, and in the whole store."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from threading import Lock
+
+from .config import CapPolicy
+from .exceptions import SessionLimitReached
+from .records import SessionQuery, SessionRecord
+from .stores.base import SessionStore
+
+#: Seconds between two counts of a whole store, at least, and as a multiple of the time that a count takes.
+_SHORTEST_PAUSE = 5.0
+_PAUSE_FACTOR = 100
+
+
+class UserCap:
+    """Lets a user have so many active sessions within a tenant.
+
+    Every sign-in stores first and looks then, in an order that is the same for all: the last of many at once sees them
+    all, so exactly as many as allowed are left.
+
+    :param most: how many; 0: any number.
+    :param policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
+    :param end: ends the session of an id for a reason.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        clock: Callable[[], float],
+        end: Callable[[str, str], object],
+        *,
+        most: int,
+        policy: CapPolicy,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._end = end
+        self._most = most
+        self._policy = policy
+
+    def admit(self, record: SessionRecord, *, replaced: str | None = None) -> None:
+        """With the policy ``reject``: take back *record*, just stored in place of *replaced*, if it exceeds the cap.
+
+        Raises ``SessionLimitReached`` then. Other sessions beyond the cap were let in by sign-ins at the same moment.
+        """
+        if self._policy != "reject":
+            return
+        surplus = [other for other in self._live(record) if other.id != replaced][self._most :]
+        for other in surplus:
+            if other.id != record.id:
+                self._end(other.id, "rejected")
+        if any(other.id == record.id for other in surplus):
+            self._store.delete(record.id)
+            raise SessionLimitReached(
+                f"the user {record.user_id!r} has {self._most} sessions, and PERSIST_SESSION_MAX_PER_USER "
+                "allows no more; end one of them first"
+            )
+
+    def evict(self, record: SessionRecord) -> None:
+        """With the policy ``evict_oldest``: end what exceeds the cap now that *record* is there."""
+        if self._policy == "evict_oldest":
+            for other in self._live(record)[: -self._most]:
+                self._end(other.id, "evicted")
+
+    def _live(self, record: SessionRecord) -> list[SessionRecord]:
+        """The active sessions of the user of *record*, oldest first; none if there is no cap or no user."""
+        if self._most == 0 or record.user_id is None:
+            return []
+        query = SessionQuery(user_id=record.user_id, state="active", now=self._clock())
+        live = [other for other in self._store.find(query) if other.tenant_id == record.tenant_id]
+        return sorted(live, key=lambda other: (other.created_at, other.id))
+
+
+class StoreCap:
+    """Lets a store keep about so many sessions, in whatever state.
+
+    Counting a large store takes time, so it is done now and then; in between each process adds what it creates.
+
+    :param most: how many; 0: any number.
+    """
+
+    def __init__(self, store: SessionStore, clock: Callable[[], float], *, most: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._most = most
+        self._known = 0
+        self._counted_at = -math.inf
+        self._pause = _SHORTEST_PAUSE
+        self._counting = Lock()
+
+    def admit(self) -> None:
+        """Note that a session is about to be created. Raises ``SessionLimitReached`` if the store is full."""
+        if self._most == 0:
+            return
+        # Also when the clock was set back. Whoever meets another thread counting goes by what is known.
+        if abs(self._clock() - self._counted_at) >= self._pause and self._counting.acquire(blocking=False):
+            try:
+                self._count()
+            finally:
+                self._counting.release()
+        if self._known >= self._most:
+            raise SessionLimitReached(
+                f"the store has {self._known:,} sessions, and PERSIST_SESSION_MAX_SESSIONS is {self._most:,}; "
+                "clean up, or allow more",
+                scope="store",
+            )
+        self._known += 1
+
+    def _count(self) -> None:
+        started = time.monotonic()
+        self._known = self._store.count(SessionQuery())
+        self._pause = max(_SHORTEST_PAUSE, _PAUSE_FACTOR * (time.monotonic() - started))
+        self._counted_at = self._clock()

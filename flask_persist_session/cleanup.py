@@ -1,0 +1,86 @@
+"""Removes sessions that have expired and ended ones that were kept long enough, in batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from .announcer import Announcer
+from .records import Deletion, SessionQuery, SessionRecord, State
+from .stores.base import SessionStore
+
+_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanupReport:
+    """What a cleanup removed, or with *dry_run* would remove: sessions that had expired, ended, or were idle too long."""
+
+    expired: int = 0
+    ended: int = 0
+    idle: int = 0
+    dry_run: bool = False
+
+    @property
+    def removed(self) -> int:
+        """All of them together."""
+        return self.expired + self.ended + self.idle
+
+
+class Cleanup:
+    """One run over a store; see ``SessionManager.cleanup``.
+
+    :param now: the moment at which everything is judged, in seconds since the epoch.
+    :param deliver: calls what sends an event, in its own way.
+    """
+
+    def __init__(
+        self, store: SessionStore, announcer: Announcer, now: float, deliver: Callable[[Callable[[], object]], object]
+    ) -> None:
+        self._store = store
+        self._announcer = announcer
+        self._now = now
+        self._deliver = deliver
+
+    def run(self, *, idle_since: float | None, dry_run: bool, stop: Callable[[], bool]) -> CleanupReport:
+        """Remove, or with *dry_run* only count; active sessions without a request since *idle_since* too."""
+        counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
+        for query in self._queries(idle_since):
+            for batch in _batches(self._store.find(query)):
+                if stop():
+                    break
+                for record in batch if dry_run else self._remove(batch):
+                    counts[record.state(self._now)] += 1
+                    if not dry_run:
+                        self._deliver(partial(self._announce, record))
+        report = CleanupReport(expired=counts["expired"], ended=counts["ended"], idle=counts["active"], dry_run=dry_run)
+        if not dry_run:
+            sums = {"expired": report.expired, "ended": report.ended, "idle": report.idle}
+            self._deliver(partial(self._announcer.cleaned_up, **sums))
+        return report
+
+    def _queries(self, idle_since: float | None) -> Iterator[SessionQuery]:
+        # A session expires at expires_at, and the query excludes its bound.
+        yield SessionQuery(expires_before=math.nextafter(self._now, math.inf))
+        if idle_since is not None:
+            yield SessionQuery(state="active", now=self._now, accessed_before=idle_since)
+
+    def _remove(self, records: list[SessionRecord]) -> list[SessionRecord]:
+        """Remove just these versions; returns those that were removed."""
+        gone = self._store.delete_many([Deletion(id=record.id, expected=record.version) for record in records])
+        return [record for record, removed in zip(records, gone, strict=True) if removed]
+
+    def _announce(self, record: SessionRecord) -> None:
+        state = record.state(self._now)
+        if state == "expired":
+            self._announcer.expired(record)
+        elif state == "active":
+            self._announcer.ended(record, "idle")
+
+
+def _batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:
+    while batch := list(islice(records, _BATCH)):
+        yield batch

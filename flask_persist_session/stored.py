@@ -1,0 +1,77 @@
+"""A session as it is in the store, decoded, and whose it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .records import SessionRecord, State
+
+
+@dataclass(slots=True, eq=False)
+class StoredSession:
+    """A session as it is in the store, with its data decoded. Change *data* and hand it to ``SessionManager.save``."""
+
+    record: SessionRecord
+    data: dict[str, Any] = field(repr=False)
+    state: State = "active"
+    token: str | None = field(default=None, repr=False)
+    """The secret that opens it; known only right after ``create`` and ``regenerate``."""
+
+    @property
+    def id(self) -> str:
+        """Public id; it opens nothing."""
+        return self.record.id
+
+    @property
+    def user_id(self) -> str | None:
+        """The user whose session this is."""
+        return self.record.user_id
+
+    @property
+    def tenant_id(self) -> str | None:
+        """The tenant within which the session lives."""
+        return self.record.tenant_id
+
+    @property
+    def created_at(self) -> float:
+        """Seconds since the epoch at which the session, or its user's signing in, began."""
+        return self.record.created_at
+
+    @property
+    def accessed_at(self) -> float:
+        """Seconds since the epoch of the last save or renewal."""
+        return self.record.accessed_at
+
+    @property
+    def expires_at(self) -> float:
+        """Seconds since the epoch at which the session expires unless it is renewed."""
+        return self.record.expires_at
+
+    @property
+    def version(self) -> int:
+        """1 on creation, one more with each save."""
+        return self.record.version
+
+    @property
+    def end_reason(self) -> str | None:
+        """Why the session is closed, ``"expired"`` included; ``None`` while it is active."""
+        return "expired" if self.state == "expired" else self.record.end_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose session it is: a user within a tenant, both as ``str``; ``NOBODY`` for a visitor."""
+
+    user_id: str | None = None
+    tenant_id: str | None = None
+
+    @classmethod
+    def of(cls, user_id: object, tenant_id: object = None) -> Owner:
+        """An owner of any values: 7 and "7" are the same user, ``None`` is nobody."""
+        if user_id is None:
+            return NOBODY
+        return cls(str(user_id), None if tenant_id is None else str(tenant_id))
+
+
+NOBODY = Owner()
