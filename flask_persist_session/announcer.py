@@ -61,9 +61,9 @@ class Announcer:
         event = signals.SessionExpired(session_id=record.id, user_id=record.user_id, expires_at=record.expires_at)
         self._send(signals.session_expired, event)
 
-    def deleted(self, session_id: str) -> None:
-        """A session was removed without a trace."""
-        self._send(signals.session_deleted, signals.SessionDeleted(session_id=session_id))
+    def deleted(self, session_id: str, user_id: str | None) -> None:
+        """A session was emptied, or deleted with all that it had."""
+        self._send(signals.session_deleted, signals.SessionDeleted(session_id=session_id, user_id=user_id))
 
     def corrupt(self, session_id: str, error: Exception) -> None:
         """A record could not be read."""

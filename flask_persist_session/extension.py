@@ -9,7 +9,7 @@ from werkzeug.exceptions import Conflict, ServiceUnavailable
 
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
-from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable
+from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
 from .serializers import Codec
@@ -61,6 +61,7 @@ class PersistSession:
             store = open_store(config.store, base_path=app.instance_path)
         except ConfigError as error:
             raise ConfigError(f"{PREFIX}STORE: {error}") from error
+        _check_caps(config, store)
         manager = SessionManager(
             store,
             Codec(config.serializer, keys=lambda: secret_keys(app)),
@@ -103,6 +104,16 @@ class PersistSession:
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
+
+
+def _check_caps(config: Config, store: SessionStore) -> None:
+    cap = "MAX_PER_USER" if config.max_per_user else "MAX_SESSIONS" if config.max_sessions else None
+    if cap is None:
+        return
+    try:
+        store.scan()  # nothing is read yet
+    except UnsupportedByStore as error:
+        raise ConfigError(f"{PREFIX}{cap} needs a store that can list its sessions: {error}") from error
 
 
 def _state() -> _State:

@@ -72,14 +72,22 @@ class Lifetime:
             version=record.version + 1,
         )
 
-    def ended(self, record: SessionRecord, reason: str) -> SessionRecord:
-        """The last version of *record*: without data, kept for as long as its *reason* is of interest."""
+    def ended(self, record: SessionRecord, reason: str, *, forget: bool = False) -> SessionRecord:
+        """The last version of *record*: without data, and with *forget* without tags and metadata, kept for a while.
+
+        So whoever comes with it can be told why, and neither a request under way nor an older backup brings it back.
+        """
         now = self.clock()
-        keep = REGENERATED_GRACE if reason == "regenerated" else self.keep_ended
-        return replace(record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1)
+        keep = max(self.keep_ended, REGENERATED_GRACE) if reason == "regenerated" else self.keep_ended
+        closed = replace(
+            record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1
+        )
+        return replace(closed, tags=frozenset(), metadata={}) if forget else closed
 
     def is_remembered(self, record: SessionRecord) -> bool:
-        """Whether an ended *record* is still to be known; a cleanup removes it otherwise."""
+        """Whether requests that come with an ended *record* are still to be told."""
+        if record.end_reason == "regenerated" and record.ended_at is not None:
+            return self.clock() < record.ended_at + REGENERATED_GRACE
         return self.clock() < record.expires_at
 
     def _deadline(self, created_at: float) -> float:

@@ -249,7 +249,7 @@ class SessionManager:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if delete_empty and not session.data:
-                    self._delete_version(record)
+                    self._delete_version(record, "emptied")
                     return "deleted"
                 session.record = write(record, payload)
             except SessionConflict:
@@ -268,10 +268,9 @@ class SessionManager:
                 return "saved"
         raise _too_many(record.id, "saved")
 
-    def _delete_version(self, record: SessionRecord) -> None:
-        if not self.store.delete(record.id, expected=record.version):
-            raise SessionConflict(f"session {record.id} was changed meanwhile")
-        self._announcer.deleted(record.id)
+    def _delete_version(self, record: SessionRecord, reason: str) -> None:
+        self._close(record, reason, forget=True)
+        self._announcer.deleted(record.id, record.user_id)
 
     def _current(self, session_id: str) -> StoredSession | None:
         """The session as it is now, if it is still active; otherwise say that a change is discarded.
@@ -409,7 +408,7 @@ class SessionManager:
         record = session.record
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._delete_version(record)
+                self._delete_version(record, "logout")
             except SessionConflict:
                 _pause(attempt)
             else:
@@ -448,15 +447,32 @@ class SessionManager:
                 return True
         raise _too_many(session_id, "ended")
 
-    def _close(self, record: SessionRecord, reason: str) -> None:
-        self.store.save(self._lifetime.ended(record, reason), expected=record.version)
+    def _close(self, record: SessionRecord, reason: str, *, forget: bool = False) -> None:
+        self.store.save(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
 
     def delete(self, session_id: str) -> bool:
-        """Remove the session without a trace; say whether it was there. Raises ``StoreError``."""
-        deleted = is_session_id(session_id) and self.store.delete(session_id)
-        if deleted:
-            self._announcer.deleted(session_id)
-        return deleted
+        """Remove the session with all that it has; say whether it was there and had not ended.
+
+        Only its id, its user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
+        that cannot be read is removed without a trace. Raises ``StoreError``.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                record = self.store.get(session_id)
+            except SerializationError:
+                deleted = self.store.delete(session_id)
+                if deleted:
+                    self._announcer.deleted(session_id, None)
+                return deleted
+            if record is None or record.ended_at is not None:
+                return False
+            try:
+                self._delete_version(record, "deleted")
+            except SessionConflict:
+                _pause(attempt)
+            else:
+                return True
+        raise _too_many(session_id, "deleted")
 
     # Users ------------------------------------------------------------------------------------------------------------
 
@@ -515,8 +531,12 @@ class SessionManager:
         """
         owner = Owner.of(user_id, tenant_id)
         query = SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id, state="active", now=self.clock())
-        ids = [record.id for record in self.store.find(query) if record.id != except_id]
-        return sum(self.revoke(session_id) for session_id in ids)
+        seen, revoked = {except_id}, 0
+        # Until none is new: one that moves to a new token between being listed and being ended goes on under another id.
+        while ids := {record.id for record in self.store.find(query)} - seen:
+            seen |= ids
+            revoked += sum(self.revoke(session_id) for session_id in ids)
+        return revoked
 
     # The whole store --------------------------------------------------------------------------------------------------
 

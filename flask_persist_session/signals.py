@@ -35,7 +35,7 @@ session_expired = _signals.signal("session-expired")
 """Sent with a ``SessionExpired``: a session that had expired was removed by a cleanup."""
 
 session_deleted = _signals.signal("session-deleted")
-"""Sent with a ``SessionDeleted``: a session was removed without a trace, as when its user signs out."""
+"""Sent with a ``SessionDeleted``: a session was emptied or deleted, as when its user signs out."""
 
 session_conflict = _signals.signal("session-conflict")
 """Sent with a ``SessionConflicted``: a save met a change by another request and is about to be merged with it."""
@@ -113,9 +113,10 @@ class SessionExpired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionDeleted:
-    """The session *session_id* was removed without a trace."""
+    """The session *session_id* of *user_id* was emptied or deleted; ``None`` is nobody, or its record was unreadable."""
 
     session_id: str
+    user_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

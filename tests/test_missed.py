@@ -344,7 +344,7 @@ def test_removing_the_last_key_deletes_the_session(client: FlaskClient, memory: 
     """A session that lost its last key is deleted, with its cookie."""
     answer = do(client, lambda: session.pop("a"))
     assert "Max-Age=0" in answer.headers["Set-Cookie"]
-    assert list(memory.scan()) == []
+    assert [(record.end_reason, record.data) for record in memory.scan()] == [("emptied", b"")]
 
 
 @pytest.mark.parametrize("touch", [lambda: session.clear(), lambda: setattr(session, "modified", True)])
@@ -499,7 +499,7 @@ def test_session_that_ended_during_a_request_stays_ended(
         session["c"] = 1
 
     assert "Set-Cookie" not in do(client, come_too_late).headers
-    assert list(memory.scan()) == []
+    assert [(record.end_reason, record.data) for record in memory.scan()] == [("logout", b"")]
 
 
 # manager --------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_sessions_of_a_full_store_go_on(manager: SessionManager) -> None:
 def test_room_is_noticed_at_the_next_count(manager: SessionManager, clock: Clock) -> None:
     """After some were removed new ones are taken again, five seconds later at the latest."""
     first, *_ = (manager.create({"a": 1}) for _ in range(3))
-    manager.delete(first.id)
+    manager.store.delete(first.id)
     clock.advance(5)
     assert manager.create({"a": 1}).state == "active"
 
@@ -73,7 +73,7 @@ def test_counting_is_rare(clock: Clock) -> None:
 def test_a_clock_set_back_does_not_keep_the_store_full(clock: Clock) -> None:
     """The store is counted again although the clock is before the last count."""
     manager = SessionManager(open_store("memory://"), clock=clock, max_sessions=1)
-    manager.delete(manager.create({"a": 1}).id)
+    manager.store.delete(manager.create({"a": 1}).id)
     clock.advance(-86400)
     assert manager.create({"a": 1}).state == "active"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
+from cachelib import SimpleCache
 from flask import Flask, session
 from flask_login import LoginManager, UserMixin, current_user, login_user, logout_user
 
@@ -17,6 +18,7 @@ from flask_persist_session import (
     SessionLimitReached,
     SessionManager,
     SessionQuery,
+    SessionRecord,
     SessionStore,
     open_store,
 )
@@ -372,3 +374,27 @@ def test_wrong_settings_are_named(make_app: MakeApp, setting: str, value: object
     """A wrong setting raises with its key, its value and what is allowed."""
     with pytest.raises(ConfigError, match=f"PERSIST_SESSION_{setting} is {value!r}; allowed is"):
         make_app(**{f"PERSIST_SESSION_{setting}": value})
+
+
+def test_revoking_a_user_reaches_a_session_that_is_just_moving(store: SessionStore) -> None:
+    """A session that gets a new token between being listed and being ended is ended under its new id."""
+    manager = SessionManager(store)
+    created = manager.create({"a": 1}, user_id="Ada")
+    find = store.find
+
+    def find_and_move(query: SessionQuery) -> Iterator[SessionRecord]:
+        found = list(find(query))
+        store.find = find  # type: ignore[method-assign]
+        manager.regenerate(created)
+        return iter(found)
+
+    store.find = find_and_move  # type: ignore[method-assign]
+    assert manager.revoke_user("Ada") == 1
+    assert list(manager.find(user_id="Ada", state="active")) == []
+
+
+@pytest.mark.parametrize("setting", ["PERSIST_SESSION_MAX_PER_USER", "PERSIST_SESSION_MAX_SESSIONS"])
+def test_a_cap_needs_a_store_that_can_list(make_app: MakeApp, setting: str) -> None:
+    """A cap on a store that cannot list its sessions is refused at the start, naming the setting and the reason."""
+    with pytest.raises(ConfigError, match=f"{setting} needs a store that can list its sessions: .*cachelib"):
+        make_app(SimpleCache(), **{setting: 2})
