@@ -46,12 +46,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import NoReturn, TypeAlias
 
 from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..serializers import DAMAGED, load_tags
 from ..tokens import shard_of
 
 log = logging.getLogger("flask_persist_session")
@@ -310,6 +312,15 @@ def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:
         tenants=dict(tenants),
         tags=dict(tags),
     )
+
+
+def per_tag(tag_sets: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """How many records have each tag, from how many have each text of ``dump_tags``; damaged ones count for no tag."""
+    counts = Counter[str]()
+    for text, count in tag_sets:
+        with suppress(*DAMAGED):
+            counts.update(dict.fromkeys(load_tags(text), count))
+    return dict(counts)
 
 
 def combined(parts: Iterable[StoreStats]) -> StoreStats:

@@ -10,9 +10,8 @@ import os
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
@@ -21,7 +20,7 @@ import peewee as pw
 
 from ..exceptions import SerializationError, StoreError, StoreUnavailable
 from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
-from ..serializers import DAMAGED, dump_metadata, dump_tags, load_tags, record_of
+from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location
 from .base import (
     FIXED_FIELDS,
@@ -33,6 +32,7 @@ from .base import (
     conflict,
     log_unreadable,
     order_and_cut,
+    per_tag,
     that_of,
 )
 from .databases import Connect, inherited, open_postgresql, open_sqlite, translated
@@ -135,7 +135,7 @@ class SQLStore(SessionStore):
         with self._using() as database, translated:
             total, ended, expired, size, oldest, newest = self._sums(now).execute(database)[0]
             tenants = list(self._tenants().execute(database))
-            tags = _per_tag(self._tag_sets().iterator(database))
+            tags = per_tag(self._tag_sets().iterator(database))
         return StoreStats(
             total=total,
             active=total - int(ended or 0) - int(expired or 0),
@@ -145,7 +145,7 @@ class SQLStore(SessionStore):
             bytes=int(size or 0),
             oldest=oldest,
             newest=newest,
-            tenants={tenant: int(count) for tenant, _, count in tenants if tenant is not None},
+            tenants={tenant: int(count) for tenant, _, count in tenants if type(tenant) is str},
             tags=tags,
         )
 
@@ -485,14 +485,6 @@ def _record(row: Sequence[Any]) -> SessionRecord:
         return record_of(*row)
     except DAMAGED as error:
         raise SerializationError(f"the row is damaged: {error}") from error
-
-
-def _per_tag(tag_sets: Iterable[Sequence[Any]]) -> dict[str, int]:
-    counts = Counter[str]()
-    for text, count in tag_sets:
-        with suppress(*DAMAGED):
-            counts.update(dict.fromkeys(load_tags(text), count))
-    return dict(counts)
 
 
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
