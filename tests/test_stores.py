@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
@@ -31,6 +32,7 @@ from flask_persist_session import (
     StoreUnavailable,
     open_store,
 )
+from flask_persist_session.stores.base import add_up
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from tests.conftest import SHARED_STORES
 from tests.servers import RedisServer, free_port
@@ -484,7 +486,7 @@ def test_redis_time_to_live(client: redis.Redis, redis_store: SessionStore) -> N
     "query", [SessionQuery(), SessionQuery(user_id="alice"), SessionQuery(expires_before=1e12)], ids=str
 )
 def test_redis_prunes(client: redis.Redis, redis_store: SessionStore, query: SessionQuery) -> None:
-    """A listing takes the entry of a session whose key is gone out of the index it used, and leaves the others."""
+    """A listing takes a session whose key is gone out of every index, and leaves the others there."""
     kept, gone = make_record(1), make_record(2)
     redis_store.save(kept, expected=0)
     redis_store.save(gone, expected=0)
@@ -492,14 +494,66 @@ def test_redis_prunes(client: redis.Redis, redis_store: SessionStore, query: Ses
     client.delete(key)
     members = _index_members(client, gone.id)
     assert list(redis_store.find(query)) == [kept]
-    assert _index_members(client, gone.id) == members - 1
+    assert _index_members(client, gone.id) == 0
     assert _index_members(client, kept.id) == members
 
 
 def _index_members(client: redis.Redis, session_id: str) -> int:
     """In how many indexes a session is."""
     indexes = [key for key in client.scan_iter(count=1000) if client.type(key) == b"zset"]
-    return sum(client.zscore(key, session_id) is not None for key in indexes)
+    facts = [key for key in client.scan_iter(count=1000) if key.endswith(b":facts")]
+    return sum(client.zscore(key, session_id) is not None for key in indexes) + sum(
+        client.hexists(key, session_id) for key in facts
+    )
+
+
+def _key_of(client: redis.Redis, record: SessionRecord) -> bytes:
+    [key] = client.scan_iter(f"*:s:{record.id}", count=1000)
+    return key
+
+
+def test_redis_stats_without_what_ended_by_itself(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A session whose key's own time to live has ended is not counted, though nothing told the indexes."""
+    kept, gone, late = make_record(1), make_record(2), make_record(3, expires_at=time.time() + 1000)
+    for record in kept, gone, late:
+        redis_store.save(record, expected=0)
+    client.delete(_key_of(client, gone))
+    assert redis_store.stats(now=100.0) == add_up(iter([kept, late]), 100.0)
+    assert _index_members(client, gone.id) == 0
+
+
+@pytest.mark.parametrize("damage", ["hdel", "hset"])
+def test_redis_stats_without_facts(client: redis.Redis, redis_store: SessionStore, damage: str) -> None:
+    """Where the facts of a session are missing or damaged, the sessions themselves are counted, and it can be deleted."""
+    records = [make_record(number, user_id=None, tenant_id=f"tenant {number}") for number in range(5)]
+    for record in records:
+        redis_store.save(record, expected=0)
+    [key] = client.scan_iter(f"*{{{records[3].id[:3]}}}:facts", count=1000)
+    client.execute_command(damage, key, records[3].id, *(["junk"] if damage == "hset" else []))
+    assert redis_store.stats(now=100.0) == add_up(iter(records), 100.0)
+    assert redis_store.delete(records[3].id)
+    assert _index_members(client, records[3].id) == 0
+
+
+def test_redis_saves_write_indexes_only_when_needed(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A change that keeps expiry and size writes the session alone, one of another size its facts too."""
+    record = make_record(data=b"12345")
+    redis_store.save(record, expected=0)
+    same, longer = following(record, data=b"54321"), following(following(record), data=b"123456")
+    assert _written(client, partial(redis_store.save, same, expected=1)) == ["HSET"]
+    assert _written(client, partial(redis_store.save, longer, expected=2)) == ["HSET", "HSET"]
+
+
+def _written(client: redis.Redis, call: Callable[[], object]) -> list[str]:
+    """The writing commands of the scripts that *call* runs, as the server sees them."""
+    with client.monitor() as monitor:
+        client.ping()
+        call()
+        client.echo("the end")
+        commands = iter(monitor.next_command, None)
+        seen = itertools.takewhile(lambda command: command["command"] != "ECHO the end", commands)
+        inside = [command["command"].split()[0].upper() for command in seen if command["client_type"] == "lua"]
+    return [name for name in inside if name not in ("HMGET", "HGET")]
 
 
 def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> None:

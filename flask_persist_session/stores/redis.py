@@ -273,9 +273,9 @@ class RedisStore(SessionStore):
                 if found == [None, None]:
                     if index_of is None:
                         continue
-                    # The key's own time to live took it, which no script notices. The index follows now.
+                    # The key's own time to live took it, which no script notices. The indexes follow now.
                     with self._errors():
-                        self._run(_PRUNE, (2, self._key(session_id), index_of(session_id), session_id))
+                        self._run(_PRUNE, (2, self._key(session_id), index_of(session_id)))
                     continue
                 try:
                     yield from filter(None, [_record(found)])
@@ -377,12 +377,8 @@ end
 return 1
 """)
 
-# KEYS: session. ARGV: expected version or nothing. The user is known to the hash alone.
-_DELETE = _Script("""
-local hash = redis.call('TYPE', KEYS[1]).ok == 'hash'
-if ARGV[1] ~= '' and (not hash or redis.call('HGET', KEYS[1], 'version') ~= ARGV[1]) then
-  return 0
-end
+# Takes a session out of everything but its own key; its user is known to the facts alone.
+_FORGET = """
 local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
 local facts = redis.call('HGET', shard .. ':facts', id) or ''
 local intact, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHc0', facts)
@@ -391,17 +387,25 @@ if intact then
 end
 redis.call('HDEL', shard .. ':facts', id)
 redis.call('ZREM', shard .. ':expiry', id)
+"""
+
+# KEYS: session. ARGV: expected version or nothing.
+_DELETE = _Script(f"""
+local hash = redis.call('TYPE', KEYS[1]).ok == 'hash'
+if ARGV[1] ~= '' and (not hash or redis.call('HGET', KEYS[1], 'version') ~= ARGV[1]) then
+  return 0
+end
+{_FORGET}
 return redis.call('DEL', KEYS[1])
 """)
 
-# KEYS: session, an index. ARGV: id.
-_PRUNE = _Script("""
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  local shard = KEYS[1]:match('^(.*):s:')
-  redis.call('ZREM', KEYS[2], ARGV[1])
-  redis.call('ZREM', shard .. ':expiry', ARGV[1])
-  redis.call('HDEL', shard .. ':facts', ARGV[1])
+# KEYS: session, the index that led to it.
+_PRUNE = _Script(f"""
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  return 0
 end
+{_FORGET}
+redis.call('ZREM', KEYS[2], id)
 return 1
 """)
 
