@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,21 @@ def test_sqlite_indexes_of_each_namespace(database: Path) -> None:
     assert indexes["chat"] == indexes["web"]
 
 
+def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
+    """Data is the last column, so that nothing is behind it, and an index alone tells users and tenants."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    store.close()
+    connection = sqlite3.connect(database)
+    columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(persist_session_web)")]
+    plan = connection.execute(
+        "EXPLAIN QUERY PLAN SELECT COUNT(*) FROM persist_session_web GROUP BY user_id, tenant_id"
+    ).fetchall()
+    connection.close()
+    assert columns[-1] == "data"
+    assert [step[-1] for step in plan] == ["SCAN persist_session_web USING COVERING INDEX persist_session_web_user"]
+
+
 def test_sqlite_no_database(database: Path) -> None:
     """A file that is no database is a ``StoreError``, and stays as it was."""
     database.write_bytes(b"no database at all" * 1000)
@@ -709,6 +725,31 @@ def test_unreadable_record_in_a_listing(
     store, [unreadable, readable] = damaged
     assert list(store.find(SessionQuery(**conditions))) == [readable]
     assert any(unreadable.id in entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING)
+
+
+def test_unreadable_record_in_statistics(damaged: tuple[SessionStore, list[SessionRecord]]) -> None:
+    """Statistics count an unreadable record or not, and the others as they are."""
+    store, [unreadable, readable] = damaged
+    possible = [add_up(iter(records), 100.0) for records in ([readable], [readable, unreadable])]
+    assert store.stats(now=100.0) in possible
+
+
+def test_sqlite_statistics_of_damaged_columns(database: Path) -> None:
+    """A row with anything in its columns is counted as far as it can be told, and spoils no figure of the others."""
+    store = open_store(f"sqlite:///{database}")
+    record, damaged = make_record(1), make_record(2)
+    store.save(record, expected=0)
+    store.save(damaged, expected=0)
+    with sqlite3.connect(database) as other:
+        other.execute(
+            "UPDATE persist_session_web SET tenant_id = x'ff', tags = '[', created_at = 'soon', data = '' WHERE id = ?",
+            (damaged.id,),
+        )
+    other.close()
+    found = store.stats(now=100.0)
+    store.close()
+    alone = add_up(iter([record]), 100.0)
+    assert found == replace(alone, total=2, active=2, users=2)
 
 
 # open_store -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import peewee as pw
 
 from ..exceptions import SerializationError, StoreError, StoreUnavailable
-from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location
 from .base import (
@@ -155,13 +155,15 @@ class SQLStore(SessionStore):
         model = self._model
         ended = model.ended_at.is_null(False)
         expired = model.ended_at.is_null() & (model.expires_at <= now)
+        # SQLite keeps anything in any column; what is no number is larger than all numbers.
+        began = pw.Case(None, [(model.created_at < LAST_MOMENT, model.created_at)])
         return model.select(
             pw.fn.COUNT(pw.SQL("*")),
             pw.fn.SUM(pw.Case(None, [(ended, 1)], 0)),
             pw.fn.SUM(pw.Case(None, [(expired, 1)], 0)),
             pw.fn.SUM(pw.fn.LENGTH(model.data)),
-            pw.fn.MIN(model.created_at),
-            pw.fn.MAX(model.created_at),
+            pw.fn.MIN(began),
+            pw.fn.MAX(began),
         ).tuples()
 
     def _tenants(self) -> Any:
