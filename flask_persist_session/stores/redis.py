@@ -361,7 +361,7 @@ redis.call('HSET', shard .. ':facts', id, ARGV[3])
 if stored[2] and stored[2]:sub(1, 8) == ARGV[3]:sub(1, 8) then
   return 1
 end
-local expires_at, created_at, _, _, user = struct.unpack('<ddI4BHc0', ARGV[3])
+local expires_at, created_at, _, _, _, user = struct.unpack('<ddI4BHHc0', ARGV[3])
 local indexes = {shard .. ':expiry', shard .. ':facts'}
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('ZADD', indexes[1], string.format('%.17g', expires_at), id)
@@ -381,7 +381,7 @@ return 1
 _FORGET = """
 local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
 local facts = redis.call('HGET', shard .. ':facts', id) or ''
-local intact, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHc0', facts)
+local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts)
 if intact then
   redis.call('ZREM', shard .. ':u' .. user, id)
 end
@@ -435,9 +435,9 @@ local function add_up()
   local now, unpack = tonumber(ARGV[1]), struct.unpack
   local total, expired, ended, users, bytes = 0, 0, 0, 0, 0
   local oldest, newest = math.huge, -math.huge
-  local tenants, users_of, tag_sets = {}, {}, {}
+  local owners, tenants, tag_sets = {}, {}, {}
   for _, facts in ipairs(redis.call('HVALS', shard .. ':facts')) do
-    local expires_at, created_at, size, has_ended, user, tenant, rest = unpack('<ddI4BHc0Hc0', facts)
+    local expires_at, created_at, size, has_ended, owner, rest = unpack('<ddI4BHc0', facts)
     local tags = facts:sub(rest)
     total, bytes = total + 1, bytes + size
     if has_ended == 1 then
@@ -447,15 +447,14 @@ local function add_up()
     end
     if created_at < oldest then oldest = created_at end
     if created_at > newest then newest = created_at end
-    tenants[tenant] = (tenants[tenant] or 0) + 1
+    owners[owner] = (owners[owner] or 0) + 1
     tag_sets[tags] = (tag_sets[tags] or 0) + 1
-    if user ~= '' then
-      local known = users_of[tenant] or {}
-      users_of[tenant] = known
-      if not known[user] then
-        known[user], users = true, users + 1
-      end
-    end
+  end
+  for owner, count in pairs(owners) do
+    local user, rest = unpack('<Hc0', owner)
+    local tenant = owner:sub(rest)
+    tenants[tenant] = (tenants[tenant] or 0) + count
+    if user ~= '' then users = users + 1 end
   end
   local times = {string.format('%.17g', oldest), string.format('%.17g', newest)}
   return {total, expired, ended, users, bytes, times, pairs_of(tenants), pairs_of(tag_sets)}
@@ -479,20 +478,21 @@ return 1
 """)
 
 
-_FACTS = struct.Struct("<ddIB")
-_LENGTH = struct.Struct("<H")
+_FACTS = struct.Struct("<ddIBHH")
 
 
 def _facts(record: SessionRecord) -> bytes:
     """What statistics and indexes need of a record, for the scripts to unpack; its expiry comes first.
 
-    Names have their length before them, and a colon to tell the empty one from none; the rest is the tags.
+    Behind the numbers come the lengths of user and tenant together and of the user; user, tenant, tags. Names have a
+    colon before them, to tell the empty one from none.
     """
     user = b"" if record.user_id is None else b":" + record.user_id.encode()
     tenant = b"" if record.tenant_id is None else b":" + record.tenant_id.encode()
-    tags = dump_tags(record.tags).encode()
-    numbers = _FACTS.pack(record.expires_at, record.created_at, len(record.data), record.ended_at is not None)
-    return b"".join((numbers, _LENGTH.pack(len(user)), user, _LENGTH.pack(len(tenant)), tenant, tags))
+    owner_size = 2 + len(user) + len(tenant)
+    ended, size = record.ended_at is not None, len(record.data)
+    numbers = _FACTS.pack(record.expires_at, record.created_at, size, ended, owner_size, len(user))
+    return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
 
 
 def _stats(sums: list[Any]) -> StoreStats:
