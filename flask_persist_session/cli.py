@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ from .exceptions import PersistSessionError
 
 if TYPE_CHECKING:
     from .manager import SessionManager
+
+
+#: How many tenants, and tags, the table of the statistics has.
+_MOST_ROWS = 10
 
 
 class _SessionsGroup(AppGroup):
@@ -42,7 +47,7 @@ def sessions_cli() -> None:
 @sessions_cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
 def stats(as_json: bool) -> None:
-    """Show how many sessions there are, of how many users, and how large."""
+    """Show how many sessions there are, of which users, tenants and tags, and how large."""
     figures = _manager().stats()
     if as_json:
         click.echo(json.dumps(asdict(figures)))
@@ -58,6 +63,8 @@ def stats(as_json: bool) -> None:
         ("newest", _moment(figures.newest)),
     ):
         click.echo(f"{label:<9} {value:>12}")
+    _echo_largest("tenants", figures.tenants)
+    _echo_largest("tags", figures.tags)
 
 
 @sessions_cli.command()
@@ -80,6 +87,20 @@ def _manager() -> SessionManager:
     from .extension import PersistSession
 
     return PersistSession().manager
+
+
+def _echo_largest(title: str, counts: Mapping[str, int]) -> None:
+    """A table of the largest counts, nothing if there are none."""
+    if not counts:
+        return
+    click.echo(f"\n{title}")
+    largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_ROWS]
+    for name, count in largest:
+        # An empty name would not be seen, and one with control characters could do something to the terminal.
+        shown = name if name.isprintable() and name.strip() else repr(name)
+        click.echo(f"{count:>12,}  {shown}")
+    if len(counts) > len(largest):
+        click.echo(f"and {len(counts) - len(largest):,} more")
 
 
 def _size(count: int) -> str:

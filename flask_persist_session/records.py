@@ -142,7 +142,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
-    """Figures of one store: how many records in which state, of how many users, how large and how old."""
+    """Figures of one store: how many records in which state, of which users, tenants and tags, how large and how old."""
 
     total: int = 0
     active: int = 0
@@ -156,3 +156,7 @@ class StoreStats:
     """``created_at`` of the first record."""
     newest: float | None = None
     """``created_at`` of the last record."""
+    tenants: Mapping[str, int] = field(default_factory=dict)
+    """How many records each tenant has, in any state. Records without a tenant are in no entry."""
+    tags: Mapping[str, int] = field(default_factory=dict)
+    """How many records have each tag, in any state. One with several tags is in several entries."""

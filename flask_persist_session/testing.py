@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import random
 import threading
 import time
 import traceback
@@ -39,7 +40,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from .exceptions import PersistSessionError, SessionConflict, UnsupportedByStore
 from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
-from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore
+from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore, add_up
 from .tokens import SHARDS, shard_of
 
 #: How long a race may take before it counts as hung, in seconds.
@@ -102,6 +103,8 @@ MALFORMED_IDS = {
 
 # Text that no compression shortens, as an index of the user would have to hold it.
 _LONG = "".join(hashlib.sha512(bytes([number])).hexdigest() for number in range(100))
+# As much of it as UTF-8 can make of the longest name: four bytes a character.
+_FOREIGN = "".join(chr(0x20000 + int(_LONG[start : start + 4], 16) % 40_000) for start in range(0, len(_LONG), 4))
 
 ODD_FIELDS: dict[str, dict[str, Any]] = {
     "no data": {"data": b""},
@@ -119,6 +122,7 @@ ODD_FIELDS: dict[str, dict[str, Any]] = {
     "paths": {"user_id": "../../x", "tenant_id": "/", "tags": frozenset({".", ".."})},
     "very long user id": {"user_id": _LONG[:LONGEST_NAME]},
     "very long tenant id": {"tenant_id": _LONG[:LONGEST_NAME]},
+    "very long names": {"user_id": _FOREIGN[:LONGEST_NAME], "tenant_id": _FOREIGN[-LONGEST_NAME:]},
     "number as text": {"user_id": "007", "tenant_id": "1e3"},
     "no tags": {"tags": frozenset()},
     "the empty tag": {"tags": frozenset({""})},
@@ -778,18 +782,75 @@ class SessionStoreContract:
         assert [list(listing.find(SessionQuery(**way))) for way in current] == [[changed]] * 3
 
     def test_stats(self, listing: SessionStore) -> None:
-        """Statistics tell states at the moment given, pairs of tenant and user, payload bytes, oldest and newest."""
+        """Statistics tell states at the moment given, pairs of tenant and user, sizes, times, tenants and tags."""
         for record in (
             make_record(1, data=b"12345", created_at=-5.0, expires_at=100.0),
-            make_record(2, data=b"", created_at=7.5, expires_at=101.0),
+            make_record(2, data=b"", created_at=7.5, expires_at=101.0, tags=frozenset({"web", ""})),
             make_record(3, tenant_id=None, data=b"\0\0", expires_at=99.0, created_at=1.0),
             make_record(4, tenant_id="", data="é".encode(), expires_at=99.0, ended_at=200.0, created_at=1.0),
             make_record(5, user_id="", data=b"1", expires_at=500.0, ended_at=50.0, created_at=1.0),
-            make_record(6, user_id=None, data=b"1", expires_at=500.0, created_at=1.0),
+            make_record(6, user_id=None, data=b"1", expires_at=500.0, created_at=1.0, tags=frozenset()),
         ):
             listing.save(record, expected=0)
-        expected = StoreStats(total=6, active=2, expired=2, ended=2, users=4, bytes=11, oldest=-5.0, newest=7.5)
+        expected = StoreStats(
+            total=6,
+            active=2,
+            expired=2,
+            ended=2,
+            users=4,
+            bytes=11,
+            oldest=-5.0,
+            newest=7.5,
+            tenants={"acme": 4, "": 1},
+            tags={"web": 5, "beta": 4, "": 1},
+        )
         assert listing.stats(now=100.0) == expected
+
+    @_each
+    @given(records=_records, changes=st.lists(_changes() | st.none(), max_size=3), now=_times)
+    def test_stats_agree_with_add_up(
+        self, listing: SessionStore, records: list[SessionRecord], changes: list[dict[str, Any] | None], now: float
+    ) -> None:
+        """``stats`` gives what ``add_up`` makes of the records, after some of them were changed and some deleted."""
+        _empty(listing)
+        assert all(listing.save_many([Change(record=record, expected=0) for record in records]))
+        left = {record.id: record for record in records}
+        for record, fields in zip(records, changes, strict=False):
+            if fields is None:
+                listing.delete(left.pop(record.id).id)
+                continue
+            changing = {name: value for name, value in fields.items() if name not in FIXED_FIELDS}
+            left[record.id] = following(record, **changing)
+            listing.save(left[record.id], expected=1)
+        assert listing.stats(now=now) == add_up(iter(left.values()), now)
+
+    def test_stats_of_odd_fields(self, listing: SessionStore) -> None:
+        """Whatever a record may be made of, statistics count it; other spellings are other tenants and tags."""
+        records = [make_record(number, **fields) for number, fields in enumerate(ODD_FIELDS.values())]
+        for record in records:
+            listing.save(record, expected=0)
+        assert listing.stats(now=100.0) == add_up(iter(records), 100.0)
+
+    def test_stats_of_many(self, listing: SessionStore) -> None:
+        """Many records of many users, tenants and tags are all counted, once each."""
+        seed = random.randrange(10**6)
+        print(f"seed {seed}")
+        chance = random.Random(seed)
+        records = [
+            make_record(
+                number,
+                user_id=chance.choice([None, f"user {chance.randrange(300)}"]),
+                tenant_id=chance.choice([None, f"tenant {chance.randrange(40)}"]),
+                tags=frozenset(f"tag {chance.randrange(60)}" for _ in range(chance.randrange(4))),
+                data=chance.randbytes(chance.randrange(300)),
+                created_at=chance.uniform(-100, 100),
+                expires_at=chance.uniform(0, 200),
+                ended_at=chance.choice([None, None, 50.0]),
+            )
+            for number in range(1100)
+        ]
+        listing.save_many([Change(record=record, expected=0) for record in records])
+        assert listing.stats(now=100.0) == add_up(iter(records), 100.0)
 
     # save_many and delete_many ----------------------------------------------------------------------------------------
 

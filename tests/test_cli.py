@@ -53,6 +53,28 @@ def test_stats_is_json_for_programs(app: Flask) -> None:
     assert (status, figures["total"], figures["oldest"]) == (0, 3, 1_700_000_000.0)
 
 
+def test_stats_show_tenants_and_tags(make_app: MakeApp) -> None:
+    """The largest ten of the tenants and of the tags, and how many there are more; names that cannot be seen quoted."""
+    app = make_app()
+    manager = app.extensions["persist_session"].manager
+    for number in range(12):
+        manager.create({}, tenant_id=f"tenant {number:02}", tags=["web"])
+    for tenant in ("tenant 11", "tenant 11", "tenant 04", "\x1b[2J"):
+        manager.create({}, tenant_id=tenant, tags=["web", ""])
+    output = run(app, "stats")[1]
+    tenants, tags = (part.splitlines()[1:] for part in output.split("\n\n")[1:])
+    assert [line.split(maxsplit=1) for line in tenants[:4]] == [
+        ["3", "tenant 11"],
+        ["2", "tenant 04"],
+        ["1", "'\\x1b[2J'"],
+        ["1", "tenant 00"],
+    ]
+    assert (len(tenants), tenants[-1]) == (11, "and 3 more")
+    assert [line.split() for line in tags] == [["16", "web"], ["4", "''"]]
+    figures = json.loads(run(app, "stats", "--json")[1])
+    assert (len(figures["tenants"]), figures["tags"]) == (13, {"web": 16, "": 4})
+
+
 def test_cleanup_counts_first_and_removes_then(app: Flask) -> None:
     """``--dry-run`` tells what a cleanup would remove, and removes nothing."""
     assert run(app, "cleanup", "--dry-run") == (0, "would remove 2 sessions (1 expired, 1 ended, 0 idle)\n")

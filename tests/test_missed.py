@@ -927,7 +927,7 @@ def test_redis_keeps_nothing_of_a_deleted_session(redis_server: RedisServer, new
     assert record.user_id is not None
     store.save(record, expected=0)
     with redis_server.client() as client:
-        assert len(client.keys(f"{prefix}:*")) == 3
+        assert len(client.keys(f"{prefix}:*")) == 4
         store.delete(record.id)
         assert client.keys(f"{prefix}:*") == []
     store.close()

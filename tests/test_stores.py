@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
@@ -10,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from flask_persist_session import (
     StoreUnavailable,
     open_store,
 )
+from flask_persist_session.stores.base import add_up
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from tests.conftest import SHARED_STORES
 from tests.servers import RedisServer, free_port
@@ -392,6 +395,21 @@ def test_sqlite_indexes_of_each_namespace(database: Path) -> None:
     assert indexes["chat"] == indexes["web"]
 
 
+def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
+    """Data is the last column, so that nothing is behind it, and an index alone tells users and tenants."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    store.close()
+    connection = sqlite3.connect(database)
+    columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(persist_session_web)")]
+    plan = connection.execute(
+        "EXPLAIN QUERY PLAN SELECT COUNT(*) FROM persist_session_web GROUP BY user_id, tenant_id"
+    ).fetchall()
+    connection.close()
+    assert columns[-1] == "data"
+    assert [step[-1] for step in plan] == ["SCAN persist_session_web USING COVERING INDEX persist_session_web_user"]
+
+
 def test_sqlite_no_database(database: Path) -> None:
     """A file that is no database is a ``StoreError``, and stays as it was."""
     database.write_bytes(b"no database at all" * 1000)
@@ -484,7 +502,7 @@ def test_redis_time_to_live(client: redis.Redis, redis_store: SessionStore) -> N
     "query", [SessionQuery(), SessionQuery(user_id="alice"), SessionQuery(expires_before=1e12)], ids=str
 )
 def test_redis_prunes(client: redis.Redis, redis_store: SessionStore, query: SessionQuery) -> None:
-    """A listing takes the entry of a session whose key is gone out of the index it used, and leaves the others."""
+    """A listing takes a session whose key is gone out of every index, and leaves the others there."""
     kept, gone = make_record(1), make_record(2)
     redis_store.save(kept, expected=0)
     redis_store.save(gone, expected=0)
@@ -492,14 +510,66 @@ def test_redis_prunes(client: redis.Redis, redis_store: SessionStore, query: Ses
     client.delete(key)
     members = _index_members(client, gone.id)
     assert list(redis_store.find(query)) == [kept]
-    assert _index_members(client, gone.id) == members - 1
+    assert _index_members(client, gone.id) == 0
     assert _index_members(client, kept.id) == members
 
 
 def _index_members(client: redis.Redis, session_id: str) -> int:
     """In how many indexes a session is."""
     indexes = [key for key in client.scan_iter(count=1000) if client.type(key) == b"zset"]
-    return sum(client.zscore(key, session_id) is not None for key in indexes)
+    facts = [key for key in client.scan_iter(count=1000) if key.endswith(b":facts")]
+    return sum(client.zscore(key, session_id) is not None for key in indexes) + sum(
+        client.hexists(key, session_id) for key in facts
+    )
+
+
+def _key_of(client: redis.Redis, record: SessionRecord) -> bytes:
+    [key] = client.scan_iter(f"*:s:{record.id}", count=1000)
+    return key
+
+
+def test_redis_stats_without_what_ended_by_itself(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A session whose key's own time to live has ended is not counted, though nothing told the indexes."""
+    kept, gone, late = make_record(1), make_record(2), make_record(3, expires_at=time.time() + 1000)
+    for record in kept, gone, late:
+        redis_store.save(record, expected=0)
+    client.delete(_key_of(client, gone))
+    assert redis_store.stats(now=100.0) == add_up(iter([kept, late]), 100.0)
+    assert _index_members(client, gone.id) == 0
+
+
+@pytest.mark.parametrize("damage", ["hdel", "hset"])
+def test_redis_stats_without_facts(client: redis.Redis, redis_store: SessionStore, damage: str) -> None:
+    """Where the facts of a session are missing or damaged, the sessions themselves are counted, and it can be deleted."""
+    records = [make_record(number, user_id=None, tenant_id=f"tenant {number}") for number in range(5)]
+    for record in records:
+        redis_store.save(record, expected=0)
+    [key] = client.scan_iter(f"*{{{records[3].id[:3]}}}:facts", count=1000)
+    client.execute_command(damage, key, records[3].id, *(["junk"] if damage == "hset" else []))
+    assert redis_store.stats(now=100.0) == add_up(iter(records), 100.0)
+    assert redis_store.delete(records[3].id)
+    assert _index_members(client, records[3].id) == 0
+
+
+def test_redis_saves_write_indexes_only_when_needed(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A change that keeps expiry and size writes the session alone, one of another size its facts too."""
+    record = make_record(data=b"12345")
+    redis_store.save(record, expected=0)
+    same, longer = following(record, data=b"54321"), following(following(record), data=b"123456")
+    assert _written(client, partial(redis_store.save, same, expected=1)) == ["HSET"]
+    assert _written(client, partial(redis_store.save, longer, expected=2)) == ["HSET", "HSET"]
+
+
+def _written(client: redis.Redis, call: Callable[[], object]) -> list[str]:
+    """The writing commands of the scripts that *call* runs, as the server sees them."""
+    with client.monitor() as monitor:
+        client.ping()
+        call()
+        client.echo("the end")
+        commands = iter(monitor.next_command, None)
+        seen = itertools.takewhile(lambda command: command["command"] != "ECHO the end", commands)
+        inside = [command["command"].split()[0].upper() for command in seen if command["client_type"] == "lua"]
+    return [name for name in inside if name not in ("HMGET", "HGET")]
 
 
 def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> None:
@@ -655,6 +725,31 @@ def test_unreadable_record_in_a_listing(
     store, [unreadable, readable] = damaged
     assert list(store.find(SessionQuery(**conditions))) == [readable]
     assert any(unreadable.id in entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING)
+
+
+def test_unreadable_record_in_statistics(damaged: tuple[SessionStore, list[SessionRecord]]) -> None:
+    """Statistics count an unreadable record or not, and the others as they are."""
+    store, [unreadable, readable] = damaged
+    possible = [add_up(iter(records), 100.0) for records in ([readable], [readable, unreadable])]
+    assert store.stats(now=100.0) in possible
+
+
+def test_sqlite_statistics_of_damaged_columns(database: Path) -> None:
+    """A row with anything in its columns is counted as far as it can be told, and spoils no figure of the others."""
+    store = open_store(f"sqlite:///{database}")
+    record, damaged = make_record(1), make_record(2)
+    store.save(record, expected=0)
+    store.save(damaged, expected=0)
+    with sqlite3.connect(database) as other:
+        other.execute(
+            "UPDATE persist_session_web SET tenant_id = x'ff', tags = '[', created_at = 'soon', data = '' WHERE id = ?",
+            (damaged.id,),
+        )
+    other.close()
+    found = store.stats(now=100.0)
+    store.close()
+    alone = add_up(iter([record]), 100.0)
+    assert found == replace(alone, total=2, active=2, users=2)
 
 
 # open_store -----------------------------------------------------------------------------------------------------------

@@ -44,13 +44,16 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import NoReturn, TypeAlias
 
 from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..serializers import DAMAGED, load_tags
 from ..tokens import shard_of
 
 log = logging.getLogger("flask_persist_session")
@@ -124,7 +127,14 @@ class SessionStore(ABC):
         return sum(1 for _ in self.find(query))
 
     def stats(self, *, now: float) -> StoreStats:
-        """Add up all records; states are judged at *now* (seconds since the epoch)."""
+        """Add up all records; states are judged at *now* (seconds since the epoch).
+
+        ``add_up`` over ``scan`` is the definition. What is saved or deleted meanwhile may be counted, not counted, or
+        counted in some figures and not in others. A store that adds up without decoding may count unreadable records,
+        in all figures that it can tell of them.
+
+        Raises ``UnsupportedByStore`` if the store cannot list; ``StoreUnavailable``, ``StoreError``.
+        """
         return add_up(self.scan(), now)
 
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
@@ -277,9 +287,10 @@ def _ordered(records: Iterator[SessionRecord], order_by: str, end: int | None) -
 
 
 def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:
-    """The statistics of *records*, judged at *now*, with memory for the different users only."""
+    """The statistics of *records*, judged at *now*, with memory for the different users, tenants and tags only."""
     states = {"active": 0, "expired": 0, "ended": 0}
     users: set[tuple[str | None, str]] = set()
+    tenants, tags = Counter[str](), Counter[str]()
     size, oldest, newest = 0, math.inf, -math.inf
     for record in records:
         states[record.state(now)] += 1
@@ -287,6 +298,9 @@ def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:
         oldest, newest = min(oldest, record.created_at), max(newest, record.created_at)
         if record.user_id is not None:
             users.add((record.tenant_id, record.user_id))
+        if record.tenant_id is not None:
+            tenants[record.tenant_id] += 1
+        tags.update(record.tags)
     total = sum(states.values())
     return StoreStats(
         total=total,
@@ -295,4 +309,34 @@ def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:
         bytes=size,
         oldest=oldest if total else None,
         newest=newest if total else None,
+        tenants=dict(tenants),
+        tags=dict(tags),
+    )
+
+
+def per_tag(tag_sets: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """How many records have each tag, from how many have each text of ``dump_tags``; damaged ones count for no tag."""
+    counts = Counter[str]()
+    for text, count in tag_sets:
+        with suppress(*DAMAGED):
+            counts.update(dict.fromkeys(load_tags(text), count))
+    return dict(counts)
+
+
+def combined(parts: Iterable[StoreStats]) -> StoreStats:
+    """The statistics of all records together, from those of parts that have no record and no user in common."""
+    sums, tenants, tags = Counter[str](), Counter[str](), Counter[str]()
+    oldest, newest = math.inf, -math.inf
+    for part in parts:
+        sums.update({name: getattr(part, name) for name in ("total", "active", "expired", "ended", "users", "bytes")})
+        tenants.update(part.tenants)
+        tags.update(part.tags)
+        if part.oldest is not None and part.newest is not None:
+            oldest, newest = min(oldest, part.oldest), max(newest, part.newest)
+    return StoreStats(
+        **sums,
+        oldest=oldest if sums["total"] else None,
+        newest=newest if sums["total"] else None,
+        tenants=dict(tenants),
+        tags=dict(tags),
     )
