@@ -554,6 +554,25 @@ class SessionStoreContract:
             store.save(replace(first, version=expected + 1, data=b"late"), expected=expected)
         assert store.get(first.id) == second
 
+    def test_creating_a_record_of_a_later_version(self, store: SessionStore) -> None:
+        """A record that is brought over from another store keeps its version, and is saved on from there."""
+        record = make_record(version=57)
+        store.save(record, expected=0)
+        with pytest.raises(SessionConflict):
+            store.save(record, expected=0)
+        with pytest.raises(SessionConflict):
+            store.save(replace(record, version=1), expected=0)
+        store.save(replace(record, version=58), expected=57)
+        assert store.get(record.id) == replace(record, version=58)
+
+    @pytest.mark.parametrize("version", [0, -1])
+    def test_creating_a_record_of_no_version(self, store: SessionStore, version: int) -> None:
+        """Versions start at 1: anything before is refused, and nothing is stored."""
+        record = make_record(version=version)
+        with pytest.raises(ValueError, match="version"):
+            store.save(record, expected=0)
+        assert store.get(record.id) is None
+
     @pytest.mark.parametrize("version", [0, 1, 3, -1])
     def test_save_of_a_version_that_does_not_follow(self, store: SessionStore, version: int) -> None:
         """A record that is not of the version after the expected one is refused, and the stored one stays."""
@@ -873,7 +892,7 @@ class SessionStoreContract:
         found = [store.get(make_record(number).id) for number in (1, 2, 3, 4)]
         assert found == [taken, following(changed, data=b"new"), following(fresh, data=b"twice"), None]
 
-    @pytest.mark.parametrize("wrong", [make_record(id="x" * 67), make_record(version=5)], ids=["id", "version"])
+    @pytest.mark.parametrize("wrong", [make_record(id="x" * 67), make_record(version=0)], ids=["id", "version"])
     def test_save_many_of_something_wrong(self, store: SessionStore, wrong: SessionRecord) -> None:
         """What ``save`` refuses is refused among others too, and the changes after it are not saved."""
         behind = make_record(2)

@@ -27,6 +27,7 @@ LAYERS = {
     "stored": 2,
     "caps": 2,
     "cleanup": 2,
+    "migrate": 3,
     "manager": 2,
     "session": 2,
     "interface": 3,

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from cachelib import FileSystemCache, RedisCache, SimpleCache
 
-from flask_persist_session import SessionStore, open_store
+from flask_persist_session import SessionRecord, SessionStore, open_store
 from flask_persist_session.stores import base
+from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import SessionStoreContract
 from tests.servers import RedisServer
 
@@ -81,6 +82,34 @@ class TestRedisCache(SessionStoreContract):
     def open_store(self, redis_server: RedisServer) -> Opener:
         prefix = f"cache{next(_numbers)}:"
         return partial(_open_cache, partial(RedisCache, "127.0.0.1", redis_server.port, key_prefix=prefix))
+
+
+def _open_both(store: str, old: str) -> SessionStore:
+    return MigratingStore(open_store(store), open_store(old))
+
+
+class TestMigrating(SessionStoreContract):
+    @pytest.fixture(params=["sqlite-file", "redis-sqlite"])
+    def open_store(self, request: pytest.FixtureRequest, new_url: NewURL) -> Opener:
+        return partial(_open_both, *map(new_url, request.param.split("-")))
+
+
+class _MovingBack(MigratingStore):
+    """Another process has the two stores the other way round, and moves each session back as soon as it is saved."""
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        super().save(record, expected=expected)
+        MigratingStore(self.old, self.store).move(record.id)
+
+
+def _open_moving_back(store: str, old: str) -> SessionStore:
+    return _MovingBack(open_store(store), open_store(old))
+
+
+class TestMigratingBackAndForth(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(_open_moving_back, new_url("file"), new_url("sqlite"))
 
 
 # The store in the docstring of the contract ---------------------------------------------------------------------------

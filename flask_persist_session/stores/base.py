@@ -92,9 +92,12 @@ class SessionStore(ABC):
 
         A session keeps its ``FIXED_FIELDS`` for life: on a later save a store may leave them as they were created.
 
-        Raises ``SessionConflict`` if the version differs or the record is missing; ``ValueError`` if
-        ``record.version`` is not ``expected + 1``, or the record cannot be stored for another reason that ``check_save``
-        tells; ``StoreUnavailable``, ``StoreError``.
+        The version is ``expected + 1``; only a record that is brought over from elsewhere is created with the one that
+        it has.
+
+        Raises ``SessionConflict`` if the version differs or the record is missing; ``ValueError`` if the record's own
+        version does not follow, or it cannot be stored for another reason that ``check_save`` tells;
+        ``StoreUnavailable``, ``StoreError``.
         """
 
     @abstractmethod
@@ -214,7 +217,7 @@ def check_save(record: SessionRecord, expected: int) -> None:
     """
     if not is_session_id(record.id):
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
-    if record.version != expected + 1:
+    if record.version != expected + 1 and (expected or record.version < 1):
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
     if not all(abs(time) < LAST_MOMENT for time in (record.created_at, record.accessed_at, record.expires_at)):
         raise ValueError(f"a time of session {record.id} is no moment up to the year 9000, in seconds since the epoch")

@@ -168,7 +168,7 @@ class RedisStore(SessionStore):
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         try:
-            saved = self._run(_SAVE, self._save_arguments(record))
+            saved = self._run(_SAVE if expected else _CREATE, self._save_arguments(record))
         except redis.RedisError as error:
             raise self._failure(error) from error
         if not saved:
@@ -209,11 +209,13 @@ class RedisStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        return self._run_many(_SAVE, [self._save_arguments(change.record) for change in changes])
+        return self._run_many(
+            [(_SAVE if change.expected else _CREATE, self._save_arguments(change.record)) for change in changes]
+        )
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         known = [deletion for deletion in deletions if is_session_id(deletion.id)]
-        removed = self._run_many(_DELETE, [self._delete_arguments(item.id, item.expected) for item in known])
+        removed = self._run_many([(_DELETE, self._delete_arguments(item.id, item.expected)) for item in known])
         outcomes = iter(removed)
         return [is_session_id(deletion.id) and next(outcomes) for deletion in deletions]
 
@@ -316,11 +318,11 @@ class RedisStore(SessionStore):
         except redis.exceptions.NoScriptError:
             return self._client.execute_command("EVAL", script.text, *arguments)
 
-    def _run_many(self, script: _Script, calls: list[tuple[Any, ...]]) -> list[bool]:
+    def _run_many(self, calls: list[tuple[_Script, tuple[Any, ...]]]) -> list[bool]:
         outcomes: list[bool] = []
         for start in range(0, len(calls), _PAGE):
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
-                for arguments in calls[start : start + _PAGE]:
+                for script, arguments in calls[start : start + _PAGE]:
                     # The text each time: a server that lost its scripts in between would fail half of the calls.
                     pipeline.execute_command("EVAL", script.text, *arguments)
                 outcomes += [bool(answer) for answer in pipeline.execute()]
@@ -356,7 +358,7 @@ class _Script:
 # then no index is touched; the facts are the same too as long as the data keeps its size.
 _SAVE = _Script("""
 local stored = redis.pcall('HMGET', KEYS[1], 'version', 'facts')
-if stored.err or (stored[1] or '0') ~= tostring(ARGV[1] - 1) then
+if stored.err or stored[1] ~= tostring(ARGV[1] - 1) then
   return 0
 end
 if stored[2] == ARGV[3] then
@@ -384,6 +386,9 @@ for _, index in ipairs(indexes) do
 end
 return 1
 """)
+
+# The same for a session that must not be there yet, whatever its version.
+_CREATE = _Script(_SAVE.text.replace("stored[1] ~= tostring(ARGV[1] - 1)", "stored[1]", 1))
 
 # Takes a session out of everything but its own key; its user is known to the facts alone.
 _FORGET = """

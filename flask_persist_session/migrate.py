@@ -1,0 +1,130 @@
+"""Copies all sessions of one store into another while the application goes on using the first."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from .exceptions import SessionConflict
+from .records import Change, SessionQuery, SessionRecord
+from .stores.base import SessionStore
+
+_BATCH = 200
+#: So many sessions are compared at the end, chosen at random among all.
+SAMPLE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationReport:
+    """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
+    in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
+    stores at the end; *different* are the ids of those that are not alike."""
+
+    copied: int = 0
+    updated: int = 0
+    present: int = 0
+    expired: int = 0
+    compared: int = 0
+    different: tuple[str, ...] = ()
+
+    @property
+    def transferred(self) -> int:
+        """How many sessions of the source are in the target now."""
+        return self.copied + self.updated + self.present
+
+
+class Migration:
+    """One copying of *source* into *target*; see ``run``.
+
+    :param clock: returns the current time in seconds since the epoch.
+    :param progress: called with the number of sessions that have been dealt with since the last call.
+    """
+
+    def __init__(
+        self,
+        source: SessionStore,
+        target: SessionStore,
+        clock: Callable[[], float],
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._clock = clock
+        self._progress = progress or (lambda _: None)
+        self._counts: Counter[str] = Counter()
+        self._sample: list[str] = []
+        self._seen = 0
+
+    def run(self) -> MigrationReport:
+        """Copy everything, then what has changed meanwhile, then compare a sample.
+
+        It can be interrupted at any point and repeated: what is there already is left alone or brought up to date, and
+        what has ended in either store stays ended. Raises ``StoreError``, ``UnsupportedByStore`` where the source
+        cannot list.
+        """
+        started = self._clock()
+        self._copy(self._source.scan())
+        # What ends does not count as used, so it is asked for by itself.
+        self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
+        self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
+        compared, different = self._compare()
+        return MigrationReport(**self._counts, compared=compared, different=different)
+
+    def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
+        while batch := list(islice(records, _BATCH)):
+            now = self._clock()
+            wanted = [record for record in batch if now < record.expires_at]
+            saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
+            for record, is_new in zip(wanted, saved, strict=True):
+                self._note(record, "copied" if is_new else self._update(record), again)
+            if not again:
+                self._counts["expired"] += len(batch) - len(wanted)
+                self._progress(len(batch))
+
+    def _note(self, record: SessionRecord, outcome: str, again: bool) -> None:
+        if again and outcome == "present":
+            return  # counted when it was met first
+        self._counts[outcome] += 1
+        # Reservoir sampling (Vitter's algorithm R): each session is as likely to be in the sample as any other.
+        self._seen += 1
+        if len(self._sample) < SAMPLE:
+            self._sample.append(record.id)
+        elif (place := random.randrange(self._seen)) < SAMPLE:
+            self._sample[place] = record.id
+
+    def _update(self, record: SessionRecord) -> str:
+        """Bring a session that the target has already up to date; say what it took."""
+        there = self._target.get(record.id)
+        if there is None or there.ended_at is not None or not _is_later(record, there):
+            return "present"
+        try:
+            self._target.save(replace(record, version=there.version + 1), expected=there.version)
+        except SessionConflict:
+            return "present"  # it is in use there, so what it has is newer
+        return "updated"
+
+    def _compare(self) -> tuple[int, tuple[str, ...]]:
+        """How many were compared, and which of them are not alike although neither has changed since."""
+        compared, different = 0, []
+        for session_id in self._sample:
+            here, there = self._source.get(session_id), self._target.get(session_id)
+            if here is None or self._clock() >= here.expires_at:
+                continue  # gone meanwhile
+            compared += 1
+            if there is None or not (_alike(here, there) or _is_later(here, there) or _is_later(there, here)):
+                different.append(session_id)
+        return compared, tuple(different)
+
+
+def _is_later(record: SessionRecord, than: SessionRecord) -> bool:
+    """Whether *record* is a later state of the session."""
+    if (record.ended_at is None) != (than.ended_at is None):
+        return record.ended_at is not None
+    return (record.accessed_at, record.version) > (than.accessed_at, than.version)
+
+
+def _alike(record: SessionRecord, other: SessionRecord) -> bool:
+    return replace(record, version=1) == replace(other, version=1)
