@@ -346,9 +346,11 @@ class SessionManager:
         """
         record, now = session.record, self.clock()
         wrong = record.accessed_at - now > _CLOCK_SLACK
-        if not wrong and self._expiry(record.created_at, record.metadata, now) - record.expires_at < self.renew_interval:
-            return "saved"
+        late = self._expiry(record.created_at, record.metadata, now) - record.expires_at >= self.renew_interval
         try:
+            if not wrong and not late:
+                # It may have moved to another token since it was loaded, and then its cookie must not come back.
+                return "saved" if self.get(record.id) else "unchanged"
             session.record = self._write(session.record, session.record.data, renew=True)
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
