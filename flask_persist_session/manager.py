@@ -93,6 +93,18 @@ class StoredSession:
         return "expired" if self.state == "expired" else self.record.end_reason
 
 
+#: What is no id: its text is the same for many users, or another one whenever something in it changes.
+_NO_IDS = (bool, float, bytes, list, tuple, dict, set, frozenset)
+
+
+def _id_text(value: object) -> str:
+    if isinstance(value, _NO_IDS):
+        raise ValueError(f"a {type(value).__name__} is no id of a user or tenant; allowed is text, a whole number, a UUID")
+    if value == "":
+        raise ValueError("the id of a user or tenant is empty; nobody is None")
+    return str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Whose session it is: a user within a tenant, both as ``str``; ``NOBODY`` for a visitor."""
@@ -102,10 +114,10 @@ class Owner:
 
     @classmethod
     def of(cls, user_id: object, tenant_id: object = None) -> Owner:
-        """An owner of any values: 7 and "7" are the same user, ``None`` is nobody."""
+        """An owner of any ids: 7 and "7" are the same user, ``None`` is nobody. Raises ``ValueError`` for what is no id."""
         if user_id is None:
             return NOBODY
-        return cls(str(user_id), None if tenant_id is None else str(tenant_id))
+        return cls(_id_text(user_id), None if tenant_id is None else _id_text(tenant_id))
 
 
 NOBODY = Owner()
@@ -614,9 +626,23 @@ class SessionManager:
     # Users ------------------------------------------------------------------------------------------------------------
 
     def user_value(self, data: Mapping[str, Any]) -> str | None:
-        """The user that the application keeps in its session data, as ``str``; ``None`` for nobody."""
-        value = data.get(self._user_key) if self._user_key is not None else None
+        """The user that the application keeps in its session data, as ``str``; ``None`` for nobody, as for ``""``."""
+        value = self._kept_user(data)
         return None if value is None else str(value)
+
+    def owner_in(self, data: Mapping[str, Any]) -> Owner:
+        """Whose session one with *data* is. Raises ``SerializationError`` if what stands under the user key is no id."""
+        try:
+            return Owner.of(self._kept_user(data))
+        except ValueError as error:
+            raise SerializationError(
+                f"session[{self._user_key!r}], where PERSIST_SESSION_USER_KEY says that the user is: {error}"
+            ) from None
+
+    def _kept_user(self, data: Mapping[str, Any]) -> Any:
+        value = data.get(self._user_key) if self._user_key is not None else None
+        # Applications empty the field to sign out; the visitors of all of them are not one user.
+        return None if value == "" else value
 
     def find(
         self,
@@ -664,9 +690,12 @@ class SessionManager:
     def revoke_user(self, user_id: object, tenant_id: object = None, *, except_id: str | None = None) -> int:
         """End all active sessions of a user, of every tenant if none is given, except one; say how many there were.
 
-        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list.
+        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list, ``ValueError`` for a user that is none:
+        for ``None``, too, which would be everybody.
         """
         owner = Owner.of(user_id, tenant_id)
+        if owner is NOBODY:
+            raise ValueError("revoke_user needs a user; None is nobody, and would match the sessions of everybody")
         query = SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id, state="active", now=self.clock())
         ids = [record.id for record in self.store.find(query) if record.id != except_id]
         return sum(self.revoke(session_id) for session_id in ids)

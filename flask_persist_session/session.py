@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from flask.sessions import SessionMixin
@@ -109,6 +109,10 @@ class Session(SessionMixin):
         del self._load()[key]
         self._note_change()
 
+    def __ior__(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Session:
+        self.update(other)
+        return self
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
 
@@ -152,7 +156,8 @@ class Session(SessionMixin):
     @modified.setter
     def modified(self, value: bool) -> None:
         self._load()
-        if value or not (self._cleared or self._regenerate):  # what protects the user is not taken back by accident
+        protected = self._cleared or self._regenerate or self._owner is not None
+        if value or not protected:  # what protects the user is not taken back by accident
             self._forced = bool(value)
 
     @property
@@ -213,7 +218,8 @@ class Session(SessionMixin):
         """Make it the session of a user when it is saved, under a new token: the user has signed in.
 
         *user_id* and *tenant_id* are kept as ``str``. The old token opens nothing any more, the absolute timeout starts
-        anew and the cap of the user's sessions is applied. Raises ``ValueError`` if *user_id* is ``None``.
+        anew and the cap of the user's sessions is applied. Raises ``ValueError`` if *user_id* is ``None`` or no id, such
+        as ``True`` or a list.
         """
         if user_id is None:
             raise ValueError("bind needs a user; unbind() makes it nobody's session")
@@ -232,7 +238,7 @@ class Session(SessionMixin):
         if self._owner is not None:
             return self._owner
         value = self._manager.user_value(data)
-        return None if value == self._user_value and not self._cleared else Owner.of(value)
+        return None if value == self._user_value and not self._cleared else self._manager.owner_in(data)
 
     def flush(self) -> None:
         """Remove everything and delete the session when it is saved; what is put in afterwards starts a new one."""
