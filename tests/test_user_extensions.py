@@ -1,4 +1,4 @@
-"""Sign-in by the real Flask-Security, Flask-Principal and Flask-Login, and by hand, in applications that know nothing of us."""
+"""Sign-in by the real Flask-Security, Flask-Principal and Flask-Login, and by hand; the applications know nothing of us."""
 
 from __future__ import annotations
 
