@@ -540,7 +540,7 @@ class SessionManager:
         goes_on = False
         try:
             self._admit(fresh.record, replaced=session.id)
-            goes_on = self._end(session.id, "regenerated") or self._was_regenerated(session.id)
+            goes_on = self._end(session.id, "regenerated") or self._sent_twice(session, owner)
         finally:
             if not goes_on:
                 with suppress(StoreError):  # nobody has its token, and it expires
@@ -551,13 +551,19 @@ class SessionManager:
         self._evict(fresh.record)
         return fresh
 
-    def _was_regenerated(self, session_id: str) -> bool:
-        """Whether somebody else was faster in moving on, as in a form that was sent twice; otherwise it has ended."""
-        closed = self.load(session_id)
+    def _sent_twice(self, session: StoredSession, owner: Owner) -> bool:
+        """Whether this is a sign-in whose form was sent twice, and the other sending was faster.
+
+        Otherwise the session has ended or moved on without this request, whose change is dropped: a slow one must not
+        take the place of a newer sign-in.
+        """
+        closed = self.load(session.id)
         reason = closed.end_reason if closed else None
-        if reason != "regenerated":
-            self.discard(session_id, reason)
-        return reason == "regenerated"
+        signs_in = owner not in (NOBODY, Owner(session.user_id, session.tenant_id))
+        if reason == "regenerated" and signs_in:
+            return True
+        self.discard(session.id, reason)
+        return False
 
     def flush(self, session: StoredSession) -> Outcome:
         """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
