@@ -120,9 +120,11 @@ def test_a_form_sent_twice_signs_in(serve: Callable[..., Site], kind: str, sign_
     """Of two sign-ins at once, whichever response comes last, the browser has a cookie that opens a live session."""
     site = serve(kind, MAX_PER_USER="2")
     for look in ("look", ""):
+        site.advance(1)  # what is older is evicted first
         first, second = site.browser(), site.browser()
         site.visit(before, first)
-        second.cookies = old = dict(first.cookies)
+        old = dict(first.cookies)
+        second.cookies = dict(old)
         with site.held(sign_in, first, look), site.held(sign_in, second, look):
             pass
         answered = [browser.cookies for browser in (first, second) if browser.cookies != old]
