@@ -3,7 +3,7 @@
 import hmac
 import secrets
 
-from flask import Blueprint, Response, abort, redirect, render_template, request, session, url_for
+from flask import Blueprint, Response, abort, current_app, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 
 from .assistant import Assistant, ListingAssistant, Message
@@ -111,7 +111,21 @@ def show_chat(draft: str = "", problem: str = "") -> str:
 
 def show_sign_in(name: str = "", problem: str = "") -> str:
     """Render the sign-in form, with a refused name left in its field."""
-    return render_template("sign_in.html", name=name, problem=problem)
+    return render_template("sign_in.html", name=name, problem=problem, notice=why_signed_out())
+
+
+def why_signed_out() -> str:
+    """Tell in words why the session that the browser came with is closed; nothing if it is not."""
+    limit = current_app.config["PERSIST_SESSION_MAX_PER_USER"]
+    allowed = "one session is" if limit == 1 else f"{limit} sessions are"
+    notices = {
+        "evicted": f"You were signed out here: you signed in on another device, and only {allowed} allowed at once.",
+        "revoked": "You were signed out here: this session was ended from elsewhere.",
+        # Not "you were signed out": visitors' sessions expire as well.
+        "expired": "Your last session here has expired. Please sign in.",
+    }
+    # Flask's own session, with PERSIST_SESSION_ENABLED=false, knows no reasons.
+    return notices.get(getattr(session, "end_reason", None) or "", "")
 
 
 def one_line(text: str) -> str:

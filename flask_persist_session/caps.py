@@ -48,13 +48,13 @@ class UserCap:
 
         Raises ``SessionLimitReached`` then. Other sessions beyond the cap were let in by sign-ins at the same moment.
         """
-        if self._policy != "reject":
+        if self._policy != "reject" or self._most == 0 or record.user_id is None:
             return
-        surplus = [other for other in self._live(record) if other.id != replaced][self._most :]
-        for other in surplus:
-            if other.id != record.id:
-                self._end(other.id, "rejected")
-        if any(other.id == record.id for other in surplus):
+        live = [other.id for other in self._live(record) if other.id != replaced]
+        for surplus in live[self._most :]:
+            if surplus != record.id:
+                self._end(surplus, "rejected")
+        if record.id not in live[: self._most]:  # it may have been rejected by another sign-in already
             self._store.delete(record.id)
             raise SessionLimitReached(
                 f"the user {record.user_id!r} has {self._most} sessions, and PERSIST_SESSION_MAX_PER_USER "

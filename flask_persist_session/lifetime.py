@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from .config import LONGEST
 from .records import JSON, SessionRecord, State
 
-#: Seconds for which a regenerated session is remembered, so that requests under way with the old token store nothing.
-REGENERATED_GRACE = 30.0
+#: Seconds for which requests that were under way when their session was regenerated or signed out store nothing.
+GRACE = 30.0
 #: A record whose last request lies so many seconds in the future was written by a clock that was wrong.
 _CLOCK_SLACK = 3600.0
 #: Where the metadata keeps a session's own idle timeout, in seconds.
@@ -78,7 +78,7 @@ class Lifetime:
         So whoever comes with it can be told why, and neither a request under way nor an older backup brings it back.
         """
         now = self.clock()
-        keep = max(self.keep_ended, REGENERATED_GRACE) if reason == "regenerated" else self.keep_ended
+        keep = max(self.keep_ended, GRACE) if reason == "regenerated" else self.keep_ended
         closed = replace(
             record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1
         )
@@ -86,9 +86,16 @@ class Lifetime:
 
     def is_remembered(self, record: SessionRecord) -> bool:
         """Whether requests that come with an ended *record* are still to be told."""
-        if record.end_reason == "regenerated" and record.ended_at is not None:
-            return self.clock() < record.ended_at + REGENERATED_GRACE
-        return self.clock() < record.expires_at
+        return self.is_in_grace(record) if record.end_reason == "regenerated" else self.clock() < record.expires_at
+
+    def is_in_grace(self, record: SessionRecord) -> bool:
+        """Whether requests that come with an ended *record* may have been under way when its user went on without it.
+
+        The user has a new token, or has signed out: such a request must not start another session, whose cookie would
+        replace or follow that of the user's last request.
+        """
+        left = record.end_reason in ("regenerated", "logout") and record.ended_at is not None
+        return left and self.clock() < (record.ended_at or 0.0) + GRACE
 
     def _deadline(self, created_at: float) -> float:
         return math.inf if self.absolute_timeout is None else created_at + self.absolute_timeout

@@ -219,9 +219,10 @@ class SessionManager:
         ``"unchanged"`` if somebody else saved or ended it at this moment, ``"failed"`` if the store did: nothing is lost
         by renewing later. Nothing is written, but ``"saved"`` is the answer, if another request has just renewed it.
         """
-        if self._lifetime.is_fresh(session.record):
-            return "saved"
         try:
+            if self._lifetime.is_fresh(session.record):
+                # It may have moved to another token since it was loaded, and then its cookie must not come back.
+                return "saved" if self.get(session.id) else "unchanged"
             session.record = self._write(session.record, session.record.data, renew=True, metadata=metadata)
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
@@ -283,6 +284,10 @@ class SessionManager:
         self.discard(session_id, current.end_reason if current else None)
         return None
 
+    def is_in_grace(self, session: StoredSession) -> bool:
+        """Whether a request that comes with this ended session may be a late one, and must not start another session."""
+        return self._lifetime.is_in_grace(session.record)
+
     def discard(self, session_id: str, reason: str | None) -> None:
         """Say that a change to a session was dropped because it had ended for *reason*."""
         self._announcer.discarded(session_id, reason)
@@ -331,26 +336,33 @@ class SessionManager:
     ) -> StoredSession | None:
         before = session.record
         moved = self._create(session.data, owner, {**before.metadata, **metadata}, before.tags, created_at)
-        if not self._put_in_place(moved, before, lambda: self._end_moved(before, moved)):
+        ending = self._put_in_place(moved, before, lambda: self._end_moved(before, moved), owner)
+        if ending is None:
             return None
-        self._announcer.moved(before, moved.record)
+        if ending == "ended":
+            self._announcer.moved(before, moved.record)
+        else:
+            self._announcer.created(moved.record)
         self._user_cap.evict(moved.record)
         return moved
 
-    def _put_in_place(self, new: StoredSession, old: SessionRecord, end_old: Callable[[], bool]) -> bool:
-        """End the old session now that *new* is stored; take *new* back if that cannot be.
+    def _put_in_place(
+        self, new: StoredSession, old: SessionRecord, end_old: Callable[[], bool], owner: Owner
+    ) -> Literal["ended", "sent twice"] | None:
+        """End the old session now that *new* is stored; take *new* back if that cannot be (``None``).
 
-        In this order whoever fails between the two steps leaves the old session as it was.
+        In this order whoever fails between the two steps leaves the old session as it was. A sign-in whose form was sent
+        twice goes on beside the one that was faster: nobody knows which of the two answers the browser takes.
         """
-        in_place = False
+        ending: Literal["ended", "sent twice"] | None = None
         try:
             self._user_cap.admit(new.record, replaced=old.id)
-            in_place = end_old()
+            ending = "ended" if end_old() else "sent twice" if self._is_sent_twice(old, owner) else None
         finally:
-            if not in_place:
+            if ending is None:
                 with suppress(StoreError):  # nobody has its token, and it expires
                     self.store.delete(new.id)
-        return in_place
+        return ending
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
         """End the old session of *moved*, taking along what was changed there; ``False`` if it ended by other means."""
@@ -361,7 +373,7 @@ class SessionManager:
                 return True
             except SessionConflict:
                 _pause(attempt)
-            current = self._current(record.id)
+            current = self.get(record.id)
             if current is None:
                 return False
             moved.data = self._merge(base, moved.data, current)
@@ -383,22 +395,24 @@ class SessionManager:
         ``create`` does; then the old session is as it was.
         """
         fresh = self._create(data, owner, metadata or {})
-        if not self._put_in_place(fresh, session.record, lambda: self._end_replaced(session.id)):
+        if not self._put_in_place(fresh, session.record, lambda: self._end(session.id, "regenerated"), owner):
             return None
         self._announcer.created(fresh.record)
         self._user_cap.evict(fresh.record)
         return fresh
 
-    def _end_replaced(self, session_id: str) -> bool:
-        return self._end(session_id, "regenerated") or self._was_regenerated(session_id)
+    def _is_sent_twice(self, old: SessionRecord, owner: Owner) -> bool:
+        """Whether this is a sign-in, and another one has just moved the same session on.
 
-    def _was_regenerated(self, session_id: str) -> bool:
-        """Whether somebody else was faster in moving on, as in a form that was sent twice; otherwise it has ended."""
-        closed = self.load(session_id)
+        Otherwise the session has ended or moved on without this request, whose change is dropped: a slow one must not
+        take the place of a newer sign-in.
+        """
+        closed = self.load(old.id)
         reason = closed.end_reason if closed else None
-        if reason != "regenerated":
-            self.discard(session_id, reason)
-        return reason == "regenerated"
+        if reason == "regenerated" and owner not in (NOBODY, Owner(old.user_id, old.tenant_id)):
+            return True
+        self.discard(old.id, reason)
+        return False
 
     def flush(self, session: StoredSession) -> Outcome:
         """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
@@ -477,9 +491,23 @@ class SessionManager:
     # Users ------------------------------------------------------------------------------------------------------------
 
     def user_value(self, data: Mapping[str, Any]) -> str | None:
-        """The user that the application keeps in its session data, as ``str``; ``None`` for nobody."""
-        value = data.get(self._user_key) if self._user_key is not None else None
+        """The user that the application keeps in its session data, as ``str``; ``None`` for nobody, as for ``""``."""
+        value = self._kept_user(data)
         return None if value is None else str(value)
+
+    def owner_in(self, data: Mapping[str, Any]) -> Owner:
+        """Whose session one with *data* is. Raises ``SerializationError`` if what stands under the user key is no id."""
+        try:
+            return Owner.of(self._kept_user(data))
+        except ValueError as error:
+            raise SerializationError(
+                f"session[{self._user_key!r}], where PERSIST_SESSION_USER_KEY says that the user is: {error}"
+            ) from None
+
+    def _kept_user(self, data: Mapping[str, Any]) -> Any:
+        value = data.get(self._user_key) if self._user_key is not None else None
+        # Applications empty the field to sign out; the visitors of all of them are not one user.
+        return None if value == "" else value
 
     def find(
         self,
@@ -527,9 +555,12 @@ class SessionManager:
     def revoke_user(self, user_id: object, tenant_id: object = None, *, except_id: str | None = None) -> int:
         """End all active sessions of a user, of every tenant if none is given, except one; say how many there were.
 
-        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list.
+        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list, ``ValueError`` for a user that is none:
+        for ``None``, too, which would be everybody.
         """
         owner = Owner.of(user_id, tenant_id)
+        if owner is NOBODY:
+            raise ValueError("revoke_user needs a user; None is nobody, and would match the sessions of everybody")
         query = SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id, state="active", now=self.clock())
         seen, revoked = {except_id}, 0
         # Until none is new: one that moves to a new token between being listed and being ended goes on under another id.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from flask.sessions import SessionMixin
@@ -81,9 +81,7 @@ class Session(SessionMixin):
             self._user_value = None if found is None else self._manager.user_value(found.data)
             return
         self._closed = found
-        # A request that was under way when its session moved to a new token must not start another one: its cookie
-        # would replace the new one in the browser.
-        self._frozen = found.end_reason == "regenerated"
+        self._frozen = self._manager.is_in_grace(found)
 
     # The mapping ------------------------------------------------------------------------------------------------------
 
@@ -109,6 +107,10 @@ class Session(SessionMixin):
     def __delitem__(self, key: str) -> None:
         del self._load()[key]
         self._note_change()
+
+    def __ior__(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Session:
+        self.update(other)
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
@@ -153,7 +155,8 @@ class Session(SessionMixin):
     @modified.setter
     def modified(self, value: bool) -> None:
         self._load()
-        if value or not (self._cleared or self._regenerate):  # what protects the user is not taken back by accident
+        protected = self._cleared or self._regenerate or self._owner is not None
+        if value or not protected:  # what protects the user is not taken back by accident
             self._forced = bool(value)
 
     @property
@@ -214,7 +217,8 @@ class Session(SessionMixin):
         """Make it the session of a user when it is saved, under a new token: the user has signed in.
 
         *user_id* and *tenant_id* are kept as ``str``. The old token opens nothing any more, the absolute timeout starts
-        anew and the cap of the user's sessions is applied. Raises ``ValueError`` if *user_id* is ``None``.
+        anew and the cap of the user's sessions is applied. Raises ``ValueError`` if *user_id* is ``None`` or no id, such
+        as ``True`` or a list.
         """
         if user_id is None:
             raise ValueError("bind needs a user; unbind() makes it nobody's session")
@@ -233,7 +237,7 @@ class Session(SessionMixin):
         if self._owner is not None:
             return self._owner
         value = self._manager.user_value(data)
-        return None if value == self._user_value and not self._cleared else Owner.of(value)
+        return None if value == self._user_value and not self._cleared else self._manager.owner_in(data)
 
     def flush(self) -> None:
         """Remove everything and delete the session when it is saved; what is put in afterwards starts a new one."""
@@ -268,7 +272,7 @@ class Session(SessionMixin):
         owner = self._new_owner(data)
         asked = self._regenerate or owner is not None
         wanted = self._changed or self._exposed or asked if self._forced is None else self._forced
-        if self._frozen or self._failure is not None:
+        if self._failure is not None or (self._frozen and not self._signs_in_again(owner)):
             self._drop_changes()
         elif self._stored is None:
             self._store_new(data, wanted, owner or NOBODY)
@@ -286,6 +290,12 @@ class Session(SessionMixin):
             self._finish_save(self._manager.renew(self._stored), "renew")
         self._changed, self._forced, self._cleared, self._regenerate, self._owner = False, None, False, False, None
         self._user_value = self._manager.user_value(data)
+
+    def _signs_in_again(self, owner: Owner | None) -> bool:
+        """Whether a visitor signs in whose session moved before: by a form that was sent twice, whose first answer with
+        the new token the browser may never have seen."""
+        visitor = self._closed is not None and self._closed.end_reason == "regenerated" and self._closed.user_id is None
+        return visitor and owner is not None and owner is not NOBODY
 
     def _drop_changes(self) -> None:
         if self._changed and self._failure is not None:

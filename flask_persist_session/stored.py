@@ -59,6 +59,18 @@ class StoredSession:
         return "expired" if self.state == "expired" else self.record.end_reason
 
 
+#: What is no id: its text is the same for many users, or another one whenever something in it changes.
+_NO_IDS = (bool, float, bytes, list, tuple, dict, set, frozenset)
+
+
+def _id_text(value: object) -> str:
+    if isinstance(value, _NO_IDS):
+        raise ValueError(f"a {type(value).__name__} is no id of a user or tenant; allowed is text, a whole number, a UUID")
+    if value == "":
+        raise ValueError("the id of a user or tenant is empty; nobody is None")
+    return str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Whose session it is: a user within a tenant, both as ``str``; ``NOBODY`` for a visitor."""
@@ -68,10 +80,10 @@ class Owner:
 
     @classmethod
     def of(cls, user_id: object, tenant_id: object = None) -> Owner:
-        """An owner of any values: 7 and "7" are the same user, ``None`` is nobody."""
+        """An owner of any ids: 7 and "7" are the same user, ``None`` is nobody. Raises ``ValueError`` for what is no id."""
         if user_id is None:
             return NOBODY
-        return cls(str(user_id), None if tenant_id is None else str(tenant_id))
+        return cls(_id_text(user_id), None if tenant_id is None else _id_text(tenant_id))
 
 
 NOBODY = Owner()

@@ -2,6 +2,7 @@
 
 import html
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from example_app import create_app, lasting_secret_key
+from flask_persist_session import SessionManager
 
 
 @pytest.fixture
@@ -174,6 +176,84 @@ def test_signs_out(ada: FlaskClient) -> None:
     assert ada.get("/").location == "/sign-in"
 
 
+def manager_of(app: Flask) -> SessionManager:
+    """Return the manager of the example's sessions."""
+    manager = app.extensions["persist_session"].manager
+    assert isinstance(manager, SessionManager)
+    return manager
+
+
+def notice_in(page: TestResponse) -> str:
+    """Return what a page says to a screen reader about the session before, "" if nothing."""
+    found = re.search(r'<p class="notice" id="notice" role="status">([^<]+)</p>', page.text)
+    assert ('aria-describedby="notice name-problem"' in page.text) == bool(found)
+    return html.unescape(found[1]) if found else ""
+
+
+def test_signing_in_makes_it_the_users_session(client: FlaskClient) -> None:
+    """Though the sign-in clears the session first, it is bound to its user, and what was there before has ended."""
+    manager = manager_of(client.application)
+    client.get("/sign-in")
+    (visitor,) = manager.find()
+    cookie = client.get_cookie("session")
+    assert cookie is not None
+    post(client, "/sign-in", name="Ada")
+    (ada,) = manager.find(state="active")
+    assert (ada.user_id, [record.id for record in manager.find(user_id="Ada")]) == ("Ada", [ada.id])
+    client.set_cookie("session", cookie.value)
+    assert client.get("/").location == "/sign-in"
+    assert [record.id for record in manager.find(state="ended")] == [visitor.id]
+
+
+def test_signing_out_ends_the_users_session(ada: FlaskClient) -> None:
+    """After signing out no session of the user is active, and the sign-in page gives no reasons."""
+    assert notice_in(post(ada, "/sign-out")) == ""
+    assert list(manager_of(ada.application).find(user_id="Ada", state="active")) == []
+
+
+def test_a_new_visitor_is_told_nothing(client: FlaskClient) -> None:
+    """Without a session before, and while one lasts, there is no reason to tell."""
+    assert notice_in(client.get("/sign-in")) == ""
+    assert notice_in(client.get("/sign-in")) == ""
+
+
+def test_the_oldest_of_too_many_is_told_why(app: Flask) -> None:
+    """The sixth browser of a user signs out the first, which reads the reason in words, once, and can sign in again."""
+    browsers = [app.test_client() for _ in range(6)]
+    for browser in browsers:
+        post(browser, "/sign-in", name="Ada")
+    assert [browser.get("/").status_code for browser in browsers] == [303, 200, 200, 200, 200, 200]
+    assert notice_in(browsers[0].get("/", follow_redirects=True)) == (
+        "You were signed out here: you signed in on another device, and only 5 sessions are allowed at once."
+    )
+    assert notice_in(browsers[0].get("/sign-in")) == ""
+    assert "Ada" in post(browsers[0], "/sign-in", name="Ada").text
+    assert browsers[1].get("/").status_code == 303
+
+
+def test_one_session_is_not_plural() -> None:
+    """The notice agrees with a limit of one."""
+    app = create_app({"PERSIST_SESSION_STORE": "memory://", "SECRET_KEY": "k", "PERSIST_SESSION_MAX_PER_USER": 1})
+    browsers = [app.test_client() for _ in range(2)]
+    for browser in browsers:
+        post(browser, "/sign-in", name="Ada")
+    assert notice_in(browsers[0].get("/sign-in")).endswith("and only one session is allowed at once.")
+
+
+def test_a_form_of_an_ended_session_leads_to_the_reason(ada: FlaskClient) -> None:
+    """Whoever was revoked while typing is sent to the sign-in page and told so."""
+    manager_of(ada.application).revoke_user("Ada")
+    page = ada.post("/messages", data={"message": "bicycle"}, follow_redirects=True)
+    assert notice_in(page) == "You were signed out here: this session was ended from elsewhere."
+
+
+def test_an_expired_session_is_told_of(ada: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes back too late learns that the session has expired."""
+    now = time.time() + 400 * 86400
+    monkeypatch.setattr(manager_of(ada.application), "clock", lambda: now)
+    assert notice_in(ada.get("/", follow_redirects=True)) == "Your last session here has expired. Please sign in."
+
+
 @pytest.mark.parametrize("token", ["", "wrong", "grüße"])
 @pytest.mark.parametrize("path", ["/messages", "/start-over", "/sign-out"])
 def test_refuses_a_form_without_the_token(ada: FlaskClient, path: str, token: str) -> None:
@@ -210,7 +290,10 @@ def test_sends_strict_headers(client: FlaskClient, path: str) -> None:
 
 def test_has_nothing_inline(ada: FlaskClient) -> None:
     """No page has a script or style of its own, which the policy would block."""
-    for page in (ada.get("/"), ada.application.test_client().get("/sign-in")):
+    signed_out = ada.application.test_client()
+    post(signed_out, "/sign-in", name="Bob")
+    manager_of(ada.application).revoke_user("Bob")
+    for page in (ada.get("/"), ada.application.test_client().get("/sign-in"), signed_out.get("/sign-in")):
         assert not re.search(r"<style|<script(?![^>]*src=)| style=| on\w+=", page.text)
 
 

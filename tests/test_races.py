@@ -224,6 +224,13 @@ def regenerate(session: Session) -> Iterator[None]:
     session.regenerate()
 
 
+def force(session: Session) -> Iterator[None]:
+    """What Flask-Principal does in each request."""
+    assert session["user"]
+    yield
+    session.modified = True
+
+
 def writer_of(key: str, value: object) -> Steps:
     def write(session: Session) -> Iterator[None]:
         assert session["user"]
@@ -441,6 +448,18 @@ def test_a_slow_request_revives_nothing_regenerated(web: Web, steps: Steps) -> N
     assert web.data(new) == {"user": "ada", "log": ["begin"], "other": []}
     assert web.live() == 1
     assert [event.reason for event in web.discarded] == ["regenerated"] * (steps in WRITERS)
+
+
+@pytest.mark.parametrize("end", [*ENDINGS, lambda web, cookie: web.visit(Session.regenerate, cookie)])
+def test_a_renewal_that_needs_no_write_revives_nothing(web: Web, end: Callable[[Web, str], None]) -> None:
+    """A cookie is not sent again for a session that ended meanwhile, though another request had just renewed it."""
+    for steps, later in [(force, 0), (force, 3600), (read, 3600)]:
+        cookie = web.sign_in()
+        web.clock.advance(later)
+        web.visit(lambda session: None, cookie)
+        with web.stopped(steps, cookie) as reply:
+            end(web, cookie)
+        assert reply.result().cookie is None
 
 
 def test_a_renewal_revives_nothing(web: Web) -> None:

@@ -107,6 +107,13 @@ def _open_moving_back(store: str, old: str) -> SessionStore:
 
 
 class TestMigratingBackAndForth(SessionStoreContract):
+    # Two stores have no step in common: while a session moves, processes that have them the other way round may both
+    # save it. So what races is promised only where all have them the same way.
+    test_race_of_changes = None
+    test_race_of_creations = None
+    test_race_of_saves_and_deletions = None
+    test_race_against_a_deletion = None
+
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:
         return partial(_open_moving_back, new_url("file"), new_url("sqlite"))

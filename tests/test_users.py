@@ -15,6 +15,8 @@ from flask_login import LoginManager, UserMixin, current_user, login_user, logou
 
 from flask_persist_session import (
     ConfigError,
+    SerializationError,
+    Session,
     SessionLimitReached,
     SessionManager,
     SessionQuery,
@@ -226,6 +228,197 @@ def test_a_slow_request_does_not_sign_in_a_session_that_has_ended(store: Session
     assert manager.store.count(SessionQuery(user_id="Ada")) == 0
 
 
+# Every way to put a user into the session ------------------------------------------------------------------------------
+
+
+Act = Callable[[Session], object]
+
+
+class Desk:
+    """One browser of an application that keeps its user under ``user_id``; the test says what each request does."""
+
+    def __init__(self, app: Flask) -> None:
+        self.app, self._acts = app, list[Act]()
+        app.add_url_rule("/", view_func=self._view)
+        self.client = app.test_client()
+
+    def _view(self) -> str:
+        self._acts.pop()(session._get_current_object())  # type: ignore[attr-defined]
+        return ""
+
+    def visit(self, act: Act, client: Any = None) -> None:
+        self._acts.append(act)
+        assert (client or self.client).get("/").status_code == 200
+
+    def fails(self, act: Act) -> None:
+        self._acts.append(act)
+        self.client.get("/")
+
+    def token(self) -> str:
+        return token_of(self.client)
+
+    def seen(self, client: Any = None) -> dict[str, Any]:
+        """What the next request finds: the data, and whose session it is."""
+        found: dict[str, Any] = {}
+        self.visit(lambda session: found.update(session, whose=(session.user_id, session.tenant_id)), client)
+        return found
+
+
+@pytest.fixture
+def desk(make_app: MakeApp) -> Desk:
+    return Desk(make_app(PERSIST_SESSION_USER_KEY="user_id", PERSIST_SESSION_MAX_PER_USER=2))
+
+
+def visitor(session: Session) -> None:
+    session["cart"] = ["apple"]
+
+
+def member(session: Session) -> None:
+    session.update(user_id="Ada", cart=["apple"])
+
+
+def tenants_member(session: Session) -> None:
+    session.bind("Ada", "acme")
+
+
+def one_after_another(*acts: Act) -> Act:
+    return lambda session: [act(session) for act in acts]
+
+
+def put(user: object) -> Act:
+    return lambda session: session.update(user_id=user)
+
+
+def put_in_place(session: Session) -> None:
+    session |= {"user_id": "Bob"}
+
+
+def pop(session: Session) -> None:
+    session.pop("user_id")
+
+
+def save(session: Session) -> None:
+    session.save()
+
+
+@pytest.mark.parametrize(
+    ("before", "act", "whose"),
+    [
+        (visitor, put("Bob"), "Bob"),
+        (visitor, lambda session: session.setdefault("user_id", "Bob"), "Bob"),
+        (visitor, put_in_place, "Bob"),
+        (visitor, one_after_another(put("Cy"), put("Bob")), "Bob"),
+        (visitor, one_after_another(put("Cy"), pop, put("Bob")), "Bob"),
+        (visitor, one_after_another(put("Cy"), save, put("Bob")), "Bob"),
+        (visitor, one_after_another(put("Bob"), save, pop), None),
+        (visitor, one_after_another(Session.clear, put("Bob")), "Bob"),
+        (visitor, one_after_another(put("Bob"), Session.regenerate), "Bob"),
+        (member, put("Bob"), "Bob"),
+        (member, put_in_place, "Bob"),
+        (member, one_after_another(Session.clear, put("Bob")), "Bob"),
+        (member, one_after_another(Session.clear, put("Ada")), "Ada"),
+        (member, one_after_another(Session.flush, visitor), None),
+        (member, pop, None),
+        (member, lambda session: session.__delitem__("user_id"), None),
+        (member, put(None), None),
+        (member, put(""), None),
+        (member, lambda session: [session.popitem() for _ in range(2)] and visitor(session), None),
+        (tenants_member, put("Bob"), "Bob"),
+        (tenants_member, Session.unbind, None),
+    ],
+)
+def test_every_change_of_the_user_is_noticed(desk: Desk, before: Act, act: Act, whose: str | None) -> None:
+    """However the user gets in, goes or becomes another, the session is that user's or nobody's, under a new token."""
+    desk.visit(before)
+    old = desk.token()
+    desk.visit(act)
+    new = desk.token()
+    assert new != old
+    assert desk.seen()["whose"] == (whose, None)
+    desk.client.set_cookie("session", old)
+    assert desk.seen() == {"whose": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("before", "act", "whose"),
+    [
+        (visitor, one_after_another(put("Ada"), pop), None),
+        (visitor, put(None), None),
+        (visitor, put(""), None),
+        (visitor, lambda session: session["cart"].append("pear"), None),
+        (visitor, lambda session: session.update(user={"user_id": "Bob"}), None),
+        (member, one_after_another(pop, put("Ada")), "Ada"),
+        (member, put("Ada"), "Ada"),
+        (member, lambda session: session.setdefault("user_id", "Bob"), "Ada"),
+        (put("7"), put(7), "7"),
+    ],
+)
+def test_no_change_of_the_user_is_none(desk: Desk, before: Act, act: Act, whose: str | None) -> None:
+    """Whoever is there after the request as before keeps the token, whatever was tried in between."""
+    desk.visit(before)
+    token = desk.token()
+    desk.visit(act)
+    assert (desk.seen()["whose"], desk.token()) == ((whose, None), token)
+
+
+def test_the_test_client_signs_in(desk: Desk) -> None:
+    """A ``session_transaction`` of a test signs in and out like a request."""
+    with desk.client.session_transaction() as planted:
+        planted["user_id"] = "Ada"
+    tokens = [desk.token()]
+    assert desk.seen()["whose"] == ("Ada", None)
+    with desk.client.session_transaction() as planted:
+        planted["user_id"] = "Bob"
+    tokens.append(desk.token())
+    assert desk.seen()["whose"] == ("Bob", None)
+    with desk.client.session_transaction() as planted:
+        planted.pop("user_id")
+        planted["cart"] = ["apple"]
+    assert desk.seen()["whose"] == (None, None)
+    assert len({*tokens, desk.token()}) == 3
+
+
+def test_what_the_application_binds_counts_more_than_the_key(desk: Desk) -> None:
+    """``bind`` wins over the key of the same request, and later requests leave it so."""
+    desk.visit(one_after_another(put("Ada"), lambda session: session.bind(7, "acme")))
+    assert desk.seen() == {"user_id": "Ada", "whose": ("7", "acme")}
+    desk.visit(visitor)
+    assert desk.seen()["whose"] == ("7", "acme")
+
+
+def test_visitors_with_an_empty_user_are_not_one_user(desk: Desk) -> None:
+    """The cap does not count sessions whose user is an empty text: nobody is evicted."""
+    browsers = [desk.app.test_client() for _ in range(4)]
+    for browser in browsers:
+        desk.visit(put(""), browser)
+    assert [desk.seen(browser) for browser in browsers] == [{"user_id": "", "whose": (None, None)}] * 4
+
+
+@pytest.mark.parametrize("wrong", [True, False, 7.5, b"7", ["Ada"], ("Ada",), {"id": 7}, {7}])
+def test_what_is_no_id_signs_nobody_in(desk: Desk, wrong: object) -> None:
+    """A truth value is the same for all users, and a list or dict changes with what is in it: an error names the key."""
+    desk.visit(visitor)
+    token = desk.token()
+    with pytest.raises(SerializationError, match=r"session\['user_id'\].*PERSIST_SESSION_USER_KEY.* is no id"):
+        desk.fails(put(wrong))
+    assert (desk.seen(), desk.token()) == ({"cart": ["apple"], "whose": (None, None)}, token)
+    with pytest.raises(ValueError, match="is no id"):
+        desk.fails(lambda session: session.bind(wrong))
+    assert manager_of(desk.app).stats().active == 1
+
+
+def test_signing_out_is_not_taken_back_by_modified(desk: Desk) -> None:
+    """``modified = False`` after ``unbind()`` does not keep the user signed in."""
+
+    def sign_out(session: Session) -> None:
+        session.unbind()
+        session.modified = False
+
+    desk.visit(tenants_member)
+    desk.visit(sign_out)
+    assert desk.seen()["whose"] == (None, None)
+
+
 # Caps -----------------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +552,17 @@ def test_revoking_within_a_tenant(store: SessionStore) -> None:
     assert manager.revoke_user("7", "a") == 1
     assert manager.get(ids["a"]) is None
     assert manager.get(ids["b"]) is not None
+
+
+@pytest.mark.parametrize("wrong", [None, "", True, ["Ada"]])
+def test_revoking_nobody_is_a_mistake(store: SessionStore, wrong: object) -> None:
+    """What names no user ends nothing, and above all not the sessions of everybody."""
+    manager = SessionManager(store)
+    manager.create(user_id="Ada")
+    manager.create()
+    with pytest.raises(ValueError, match="user"):
+        manager.revoke_user(wrong)
+    assert manager.stats().active == 2
 
 
 def test_nobody_is_one() -> None:
