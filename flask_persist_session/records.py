@@ -79,9 +79,10 @@ class SessionQuery:
     """A filter over records, with order and paging; ``None`` and empty conditions match everything.
 
     ``*_after`` includes the given moment, ``*_before`` excludes it. *state* is judged at *now*, which it requires.
-    *id_prefix* is the beginning of an id, 3 digits or more. *tags* must all be present. *text* is looked for, ignoring case, in the user id, the tags and the metadata's
-    strings. *order_by* is one of ``ORDERS``, with a leading ``-`` for descending, ties broken by id; ``None`` lets the
-    store stream in any order. *offset* and *limit* cut the result after ordering.
+    *id_prefix* is the beginning of an id, 3 digits or more. *tags* must all be present. *text* is looked for, ignoring
+    case, in the user id, the tags and the metadata's strings. *order_by* is one of ``ORDERS``, with a leading ``-`` for
+    descending, ties broken by id; ``None`` lets the store stream in any order. *offset* and *limit* cut the result after
+    ordering.
 
     Raises ``ValueError`` for an unknown order, a negative limit or offset, a state without *now*, or an *id_prefix* that no
     id can have.

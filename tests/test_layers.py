@@ -27,12 +27,15 @@ LAYERS = {
     "stored": 2,
     "caps": 2,
     "cleanup": 2,
+    "lookup": 2,
     "manager": 2,
     "session": 2,
     "interface": 3,
     "sweeper": 3,
     "extension": 4,
     "cli": 4,
+    "describe": 4,
+    "terminal": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -44,6 +47,7 @@ SIBLINGS = {
     ("manager", "stored"),
     ("manager", "caps"),
     ("manager", "cleanup"),
+    ("manager", "lookup"),
     ("cleanup", "announcer"),
     ("lifetime", "config"),
     ("config", "serializers"),
@@ -52,6 +56,9 @@ SIBLINGS = {
     ("stores", "tokens"),
     ("extension", "cli"),
     ("cli", "extension"),
+    ("cli", "describe"),
+    ("cli", "terminal"),
+    ("describe", "terminal"),
 }
 DRIVERS = {
     "peewee": {"stores.sql", "stores.databases"},
