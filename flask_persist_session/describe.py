@@ -27,7 +27,7 @@ def columns(now: float) -> list[terminal.Column]:
     column = terminal.Column
     return [
         column("ID", lambda record: record.id, narrowest=SHOWN_DIGITS, mark=""),
-        column("STATE", lambda record: _state(record, now), narrowest=7),
+        column("STATE", lambda record: _state(record, now), narrowest=15),
         column("USER", lambda record: terminal.escape(record.user_id or ""), narrowest=12),
         column("TENANT", lambda record: terminal.escape(record.tenant_id or ""), rank=4, narrowest=8),
         column("TAGS", lambda record: _tags(record), rank=5, narrowest=8),

@@ -66,9 +66,10 @@ class Lookup:
     def _complete(self, beginning: str) -> str:
         if len(beginning) < SHORTEST_ID or not is_id_prefix(beginning):
             # Not repeated as a whole: a token may have been given instead of an id.
+            cut = "…" if len(beginning) > SHORTEST_ID else ""
             raise SessionNotFound(
-                f"{beginning[:SHORTEST_ID]!r}… is no session id: give its 67 lower-case hex digits, or at least the first "
-                f"{SHORTEST_ID} of them"
+                f"{beginning[:SHORTEST_ID]!r}{cut} is no session id: give its 67 lower-case hex digits, or at least the "
+                f"first {SHORTEST_ID} of them"
             )
         found = [record.id for record in self._store.find(SessionQuery(id_prefix=beginning, limit=2))]
         if len(found) > 1:

@@ -6,6 +6,7 @@ A manager serves the sessions of one namespace on one store, inside and outside 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -551,10 +552,11 @@ class SessionManager:
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
         """
         now = self.clock()
+        later = math.nextafter(now, math.inf)
         total = ended = self._revoke_found(SessionQuery(state="active", now=now), on_batch)
         while ended:
             # A new token is a new id, which may lie where the listing had already been.
-            ended = self._revoke_found(SessionQuery(state="active", now=now, created_before=now), on_batch)
+            ended = self._revoke_found(SessionQuery(state="active", now=now, created_before=later), on_batch)
             total += ended
         return total
 

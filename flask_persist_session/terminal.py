@@ -21,8 +21,6 @@ _UNLIMITED = 1_000_000
 _UNITS = (("year", 365 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60))
 #: So many rows decide how wide the columns are; more would have to be kept in memory.
 _MEASURED = 500
-#: Narrower than this a column says nothing.
-_NARROWEST = 8
 _GAP = 2
 
 
@@ -130,15 +128,21 @@ class Column:
 
 def table(columns: list[Column], records: Iterator[SessionRecord], width: int) -> Iterator[str]:
     """The lines of a table of *records* that is no wider than *width*, one by one."""
-    first = list(islice(records, _MEASURED))
+    rows = ([column.cell(record) for column in columns] for record in records)
+    first = list(islice(rows, _MEASURED))
     if not first:
         return
     # Columns without anything in them are left out, if all rows are known.
-    shown = [c for c in columns if len(first) == _MEASURED or c.rank == 0 or any(map(c.cell, first))]
-    widths = _fit({c: max(_width(c.title), *(_width(c.cell(record)) for record in first)) for c in shown}, width)
-    yield _line((c.title, size, c.mark) for c, size in widths.items())
-    for record in chain(first, records):
-        yield _line((c.cell(record), size, c.mark) for c, size in widths.items())
+    natural = {
+        column: max(map(_width, (column.title, *cells)))
+        for column, *cells in zip(columns, *first, strict=True)
+        if column.rank == 0 or len(first) == _MEASURED or any(cells)
+    }
+    widths = _fit(natural, width)
+    for row in chain([[column.title for column in columns]], first, rows):
+        cells = zip(columns, row, strict=True)
+        shown = (_cell(text, widths[column], column.mark) for column, text in cells if column in widths)
+        yield (" " * _GAP).join(shown).rstrip()
 
 
 def _fit(widths: dict[Column, int], width: int) -> dict[Column, int]:
@@ -155,10 +159,6 @@ def _fit(widths: dict[Column, int], width: int) -> dict[Column, int]:
         else:
             break
     return widths
-
-
-def _line(cells: Iterable[tuple[str, int, str]]) -> str:
-    return (" " * _GAP).join(_cell(*cell) for cell in cells).rstrip()
 
 
 def _cell(text: str, size: int, mark: str) -> str:
