@@ -16,6 +16,7 @@ from .exceptions import (
     UnsupportedByStore,
 )
 from .extension import PersistSession
+from .lookup import SessionDetails
 from .manager import SessionManager
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
@@ -64,6 +65,7 @@ __all__ = [
     "SessionCorrupt",
     "SessionCreated",
     "SessionDeleted",
+    "SessionDetails",
     "SessionDiscarded",
     "SessionEnded",
     "SessionExpired",

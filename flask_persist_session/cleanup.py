@@ -49,7 +49,7 @@ class Cleanup:
         """Remove, or with *dry_run* only count; active sessions without a request since *idle_since* too."""
         counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
         for query in self._queries(idle_since):
-            for batch in _batches(self._store.find(query)):
+            for batch in batches(self._store.find(query)):
                 if stop():
                     break
                 for record in batch if dry_run else self._remove(batch):
@@ -81,6 +81,7 @@ class Cleanup:
             self._announcer.ended(record, "idle")
 
 
-def _batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:
+def batches(records: Iterator[SessionRecord]) -> Iterator[list[SessionRecord]]:
+    """*records* in lists of at most 500."""
     while batch := list(islice(records, _BATCH)):
         yield batch

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import datetime, timezone
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
+from flask import current_app
 from flask.cli import AppGroup
 
+from . import describe, terminal
 from .config import parse_duration
-from .exceptions import PersistSessionError
+from .exceptions import PersistSessionError, SerializationError, SessionNotFound
+from .records import SessionRecord, State
 
 if TYPE_CHECKING:
     from .manager import SessionManager
+
+#: So many users a question names.
+_NAMED = 5
 
 
 #: How many tenants, and tags, the table of the statistics has.
@@ -29,7 +37,7 @@ class _SessionsGroup(AppGroup):
         try:
             return super().invoke(ctx)
         except PersistSessionError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(terminal.escape(str(error))) from error
 
 
 def _duration(text: str) -> float:
@@ -41,7 +49,101 @@ def _duration(text: str) -> float:
 
 @click.group("sessions", cls=_SessionsGroup)
 def sessions_cli() -> None:
-    """Look after the sessions that the application keeps on the server."""
+    """Look after the sessions that the application keeps on the server.
+
+    Where a command takes an ID, its first 8 digits or more will do, if no other session has them.
+    """
+
+
+# Looking --------------------------------------------------------------------------------------------------------------
+
+
+@sessions_cli.command("list")
+@click.option("--user", metavar="USER", help="Only sessions of this user.")
+@click.option("--tenant", metavar="TENANT", help="Only sessions within this tenant.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions with this tag; can be repeated.")
+@click.option("--state", type=click.Choice(["active", "expired", "ended"]), help="Only sessions in this state.")
+@click.option(
+    "--sort",
+    type=click.Choice(["created", "accessed", "expires"]),
+    help="Latest first by this time; created if not given, but with --limit 0 in no order.",
+)
+@click.option("--reverse", is_flag=True, help="Earliest first.")
+@click.option(
+    "--limit", type=click.IntRange(min=0), default=50, show_default=True, metavar="N", help="At most N; 0 shows all."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line for programs, without the data.")
+def list_sessions(
+    user: str | None,
+    tenant: str | None,
+    tags: tuple[str, ...],
+    state: State | None,
+    sort: str | None,
+    reverse: bool,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List sessions: whose they are, their state and times."""
+    manager = _manager()
+    # All at once need no order, and only without one does every store give them a few at a time.
+    key = sort or ("created" if limit or reverse else None)
+    found = manager.find(
+        user_id=user,
+        tenant_id=tenant,
+        tags=tags,
+        state=state,
+        order_by=key and f"{'' if reverse else '-'}{key}_at",
+        limit=limit + 1 if limit else None,
+    )
+    records = map(manager.judge, found)
+    shown = islice(records, limit or None)
+    now = manager.clock()
+    lines = (
+        describe.json_lines(shown, now)
+        if as_json
+        else terminal.table(describe.columns(now), shown, terminal.terminal_width())
+    )
+    empty = True
+    for line in lines:
+        click.echo(line)
+        empty = False
+    if empty:
+        click.echo("no such sessions", err=True)
+    elif next(records, None) is not None:
+        click.echo("… and more; --limit 0 shows all", err=True)
+
+
+@sessions_cli.command()
+@click.argument("session_id", metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
+def show(session_id: str, as_json: bool) -> None:
+    """Show everything known of a session, with the data in it.
+
+    The data belongs to the session's user and may be secret: mind who looks on, and where the output goes.
+    """
+    manager = _manager()
+    details = manager.inspect(session_id)
+    now = manager.clock()
+    if as_json:
+        known = describe.as_json(details.record, details.state)
+        click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
+        return
+    for label, value in describe.facts(details.record, now):
+        click.echo(f"{label:<9} {value}")
+    for key, size in details.sizes.items():
+        click.echo(f"\n{terminal.escape(repr(key))}: {terminal.size(size)}")
+        for line in terminal.pretty(details.data[key], terminal.terminal_width() - 2):
+            click.echo(f"  {line}")
+
+
+@sessions_cli.command()
+@click.argument("session_id", metavar="ID")
+def why(session_id: str) -> None:
+    """Say whether a session is active and until when, or why it ended and when."""
+    manager = _manager()
+    details = manager.inspect(session_id)
+    now = manager.clock()
+    click.echo(f"session {details.record.id} of {terminal.owner(details.record)} {describe.fate(details.record, now)}")
 
 
 @sessions_cli.command()
@@ -58,13 +160,72 @@ def stats(as_json: bool) -> None:
         ("expired", f"{figures.expired:,}"),
         ("ended", f"{figures.ended:,}"),
         ("users", f"{figures.users:,}"),
-        ("size", _size(figures.bytes)),
-        ("oldest", _moment(figures.oldest)),
-        ("newest", _moment(figures.newest)),
+        ("size", terminal.size(figures.bytes)),
+        ("oldest", terminal.moment(figures.oldest)),
+        ("newest", terminal.moment(figures.newest)),
     ):
         click.echo(f"{label:<9} {value:>12}")
     _echo_largest("tenants", figures.tenants)
     _echo_largest("tags", figures.tags)
+
+
+# Ending and removing --------------------------------------------------------------------------------------------------
+
+
+@sessions_cli.command()
+@click.argument("session_ids", metavar="[ID]...", nargs=-1)
+@click.option("--user", metavar="USER", help="All sessions of this user.")
+@click.option("--tenant", metavar="TENANT", help="With --user: only those within this tenant.")
+@click.option("--all", "everybody", is_flag=True, help="All sessions of everybody.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def revoke(session_ids: tuple[str, ...], user: str | None, tenant: str | None, everybody: bool, yes: bool) -> None:
+    """End sessions: their users are signed out, and the next request of each reads the reason "revoked"."""
+    if bool(session_ids) + (user is not None) + everybody != 1:
+        raise click.UsageError("give either ids, or --user, or --all")
+    if tenant is not None and user is None:
+        raise click.UsageError("--tenant goes with --user")
+    manager = _manager()
+    if everybody:
+        _revoke_all(manager, yes)
+    elif user is not None:
+        _revoke_user(manager, user, tenant, yes)
+    else:
+        _revoke_ids(manager, session_ids, yes)
+
+
+def _revoke_ids(manager: SessionManager, session_ids: tuple[str, ...], yes: bool) -> None:
+    found: dict[str, SessionRecord] = {}
+    unknown = 0
+    for session_id in session_ids:
+        try:
+            record = manager.look_up(session_id)
+        except (SessionNotFound, SerializationError) as error:
+            click.echo(f"Error: {terminal.escape(str(error))}", err=True)
+            unknown += 1
+        else:
+            found[record.id] = record
+    if found:
+        _confirm(f"Revoke {len(found):,} session{'s' if len(found) > 1 else ''} of {_owners(found.values())}?", yes)
+        ended = sum(manager.revoke(session_id) for session_id in found)
+        idle = len(found) - ended
+        click.echo(f"revoked {_count(ended)}" + (f"; {idle:,} had ended or expired before" if idle else ""))
+    if unknown:
+        raise click.exceptions.Exit(1)
+
+
+def _revoke_user(manager: SessionManager, user: str, tenant: str | None, yes: bool) -> None:
+    active = sum(1 for _ in manager.find(user_id=user, tenant_id=tenant, state="active"))
+    where = "" if tenant is None else f" of tenant {tenant!r}"
+    _confirm(f"Revoke {_count(active)} of user {user!r}{where}?", yes)
+    click.echo(f"revoked {_count(manager.revoke_user(user, tenant))}")
+
+
+def _revoke_all(manager: SessionManager, yes: bool) -> None:
+    active = manager.stats().active
+    _confirm(f"Revoke {_count(active)}, those of all users and visitors of {current_app.name!r}?", yes)
+    with _progress(active) as advance:
+        ended = manager.revoke_all(on_batch=advance)
+    click.echo(f"revoked {_count(ended)}")
 
 
 @sessions_cli.command()
@@ -83,6 +244,37 @@ def cleanup(dry_run: bool, older_than: float | None) -> None:
     click.echo(f"{verb} {report.removed:,} sessions ({parts})")
 
 
+def _confirm(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.ClickException("nothing was revoked: there is no terminal to ask on, so confirm with --yes")
+    click.confirm(question, abort=True, err=True)
+
+
+def _progress(length: int) -> AbstractContextManager[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere; gives what to call with each number of sessions done."""
+    if not sys.stderr.isatty():
+        return nullcontext(lambda _: None)
+    return _bar(length)
+
+
+@contextmanager
+def _bar(length: int) -> Iterator[Callable[[int], object]]:
+    with click.progressbar(length=length, label="revoking", file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _count(number: int) -> str:
+    return f"{number:,} active session{'' if number == 1 else 's'}"
+
+
+def _owners(records: Iterable[SessionRecord]) -> str:
+    owners = list(dict.fromkeys(map(terminal.owner, records)))
+    more = f" and {len(owners) - _NAMED:,} others" if len(owners) > _NAMED else ""
+    return ", ".join(owners[:_NAMED]) + more
+
+
 def _manager() -> SessionManager:
     from .extension import PersistSession
 
@@ -96,23 +288,6 @@ def _echo_largest(title: str, counts: Mapping[str, int]) -> None:
     click.echo(f"\n{title}")
     largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_ROWS]
     for name, count in largest:
-        # An empty name would not be seen, and one with control characters could do something to the terminal.
-        shown = name if name.isprintable() and name.strip() else repr(name)
-        click.echo(f"{count:>12,}  {shown}")
+        click.echo(f"{count:>12,}  {terminal.escape(name) if name.strip() else repr(name)}")
     if len(counts) > len(largest):
         click.echo(f"and {len(counts) - len(largest):,} more")
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-
-
-def _moment(seconds: float | None) -> str:
-    if seconds is None:
-        return "none"
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

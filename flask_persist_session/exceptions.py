@@ -29,7 +29,7 @@ class SessionConflict(PersistSessionError):
 
 
 class SessionNotFound(PersistSessionError):
-    """No live session has that id."""
+    """No session has the id that was looked up, or several have the beginning of it; the message says which."""
 
 
 class SessionLimitReached(PersistSessionError):

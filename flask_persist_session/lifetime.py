@@ -33,6 +33,12 @@ class Lifetime:
         state = record.state(now)
         return "expired" if state == "active" and now >= self._deadline(record.created_at) else state
 
+    def judged(self, record: SessionRecord) -> SessionRecord:
+        """*record* with the expiry that counts now: a timeout that was shortened may come before the one stored."""
+        deadline = self._deadline(record.created_at)
+        sooner = record.ended_at is None and deadline < record.expires_at
+        return replace(record, expires_at=deadline) if sooner else record
+
     def expiry(self, created_at: float, metadata: Mapping[str, JSON]) -> float:
         """When a session expires that has a request now.
 

@@ -6,6 +6,7 @@ A manager serves the sessions of one namespace on one store, inside and outside 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +18,12 @@ from typing import Any, Literal, TypeAlias
 from . import tokens
 from .announcer import Announcer
 from .caps import StoreCap, UserCap
-from .cleanup import Cleanup, CleanupReport
+from .cleanup import Cleanup, CleanupReport, batches
 from .config import CapPolicy
 from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
 from .lifetime import LIFETIME, Lifetime, check_lifetime
-from .records import JSON, SessionQuery, SessionRecord, State, StoreStats, is_session_id
+from .lookup import Lookup, SessionDetails
+from .records import JSON, Change, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec, dump_metadata
 from .stored import NOBODY, Owner, StoredSession
 from .stores.base import SessionStore
@@ -87,6 +89,7 @@ class SessionManager:
         )
         self._user_cap = UserCap(store, lambda: self.clock(), self._end, most=max_per_user, policy=cap_policy)
         self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
+        self._lookup = Lookup(store, self._codec, self._lifetime)
 
     @property
     def renew_interval(self) -> float:
@@ -187,6 +190,26 @@ class SessionManager:
         """Return the session if it is active, otherwise ``None``. Raises ``StoreError``."""
         session = self.load(session_id)
         return session if session is not None and session.state == "active" else None
+
+    def look_up(self, session_id: str) -> SessionRecord:
+        """The record of a session in whatever state, by its id or the beginning of it, 8 digits or more.
+
+        Its expiry heeds an absolute timeout that was shortened since. Raises ``SessionNotFound`` if there is none or more
+        than one, ``SerializationError`` if it cannot be read, ``UnsupportedByStore`` for the beginning of an id where the
+        store cannot list, ``StoreError``.
+        """
+        return self._lookup.record(session_id)
+
+    def inspect(self, session_id: str) -> SessionDetails:
+        """All that is known of a session in whatever state, by its id or the beginning of it, for people who look.
+
+        Changes and reports nothing. Raises as ``look_up`` does, ``SerializationError`` also for data that cannot be read.
+        """
+        return self._lookup.details(session_id)
+
+    def judge(self, record: SessionRecord) -> SessionRecord:
+        """*record*, as ``find`` gave it, with the expiry that counts now, as ``look_up`` gives it."""
+        return self._lifetime.judged(record)
 
     def _report_corrupt(self, session_id: str, error: SerializationError) -> None:
         log.error("session %s cannot be read and is treated as missing: %s", session_id, error)
@@ -570,6 +593,42 @@ class SessionManager:
         return revoked
 
     # The whole store --------------------------------------------------------------------------------------------------
+
+    def revoke_all(self, *, on_batch: Callable[[int], object] = lambda _: None) -> int:
+        """End every active session, in batches, with the reason ``"revoked"``; say how many there were.
+
+        *on_batch* is called with the number that each batch ended. Sessions that begin meanwhile may or may not be among
+        them; one that is given a new token meanwhile is. It can be interrupted at any time and called again.
+
+        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
+        """
+        now = self.clock()
+        later = math.nextafter(now, math.inf)
+        total = ended = self._revoke_found(SessionQuery(state="active", now=now), on_batch)
+        while ended:
+            # A new token is a new id, which may lie where the listing had already been.
+            ended = self._revoke_found(SessionQuery(state="active", now=now, created_before=later), on_batch)
+            total += ended
+        return total
+
+    def _revoke_found(self, query: SessionQuery, on_batch: Callable[[int], object]) -> int:
+        total = 0
+        for batch in batches(self.store.find(query)):
+            ended = self._revoke_batch([record for record in batch if self._lifetime.state(record) == "active"])
+            on_batch(ended)
+            total += ended
+        return total
+
+    def _revoke_batch(self, records: list[SessionRecord]) -> int:
+        """End these; returns how many were still active."""
+        changes = [Change(record=self._lifetime.ended(record, "revoked"), expected=record.version) for record in records]
+        ended = 0
+        for record, saved in zip(records, self.store.save_many(changes), strict=True):
+            if saved:
+                self._announcer.ended(record, "revoked")
+            # Whatever was changed meanwhile is ended on its own, which tries again.
+            ended += saved or self.revoke(record.id)
+        return ended
 
     def stats(self) -> StoreStats:
         """Figures of all sessions. Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``."""

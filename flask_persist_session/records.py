@@ -14,6 +14,7 @@ ORDERS = ("id", "created_at", "accessed_at", "expires_at")
 #: The year 9000 in seconds since the epoch; a date of the year 10000 is none for Python.
 LAST_MOMENT = 221_845_392_000.0
 _SESSION_ID = re.compile(r"[0-3][0-9a-f]{66}", re.ASCII)
+_ID_PREFIX = re.compile(r"[0-3][0-9a-f]{2,66}", re.ASCII)
 
 
 def is_session_id(value: str) -> bool:
@@ -22,6 +23,11 @@ def is_session_id(value: str) -> bool:
     Nothing else names a record, so a store may use an id in a path or key once this is true.
     """
     return _SESSION_ID.fullmatch(value) is not None
+
+
+def is_id_prefix(value: str) -> bool:
+    """Whether a session id can begin with *value*, and it has at least the shard, so that a store knows where to look."""
+    return _ID_PREFIX.fullmatch(value) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +79,17 @@ class SessionQuery:
     """A filter over records, with order and paging; ``None`` and empty conditions match everything.
 
     ``*_after`` includes the given moment, ``*_before`` excludes it. *state* is judged at *now*, which it requires.
-    *tags* must all be present. *text* is looked for, ignoring case, in the user id, the tags and the metadata's
-    strings. *order_by* is one of ``ORDERS``, with a leading ``-`` for descending, ties broken by id; ``None`` lets the
-    store stream in any order. *offset* and *limit* cut the result after ordering.
+    *id_prefix* is the beginning of an id, 3 digits or more. *tags* must all be present. *text* is looked for, ignoring
+    case, in the user id, the tags and the metadata's strings. *order_by* is one of ``ORDERS``, with a leading ``-`` for
+    descending, ties broken by id; ``None`` lets the store stream in any order. *offset* and *limit* cut the result after
+    ordering.
 
-    Raises ``ValueError`` for an unknown order, a negative limit or offset, or a state without *now*.
+    Raises ``ValueError`` for an unknown order, a negative limit or offset, a state without *now*, or an *id_prefix* that no
+    id can have.
     """
 
     ids: frozenset[str] | None = None
+    id_prefix: str | None = None
     user_id: str | None = None
     tenant_id: str | None = None
     tags: frozenset[str] = frozenset()
@@ -104,11 +113,16 @@ class SessionQuery:
             raise ValueError(f"limit ({self.limit}) and offset ({self.offset}) cannot be negative")
         if self.state is not None and self.now is None:
             raise ValueError("a query by state needs now=, the moment at which the state is judged")
+        if self.id_prefix is not None and not is_id_prefix(self.id_prefix):
+            raise ValueError(
+                f"id_prefix is {self.id_prefix!r}; allowed are the first 3 to 67 lower-case hex digits of an id"
+            )
 
     def matches(self, record: SessionRecord) -> bool:
         """Whether *record* fulfils every condition; this is what each store's ``find`` and ``count`` must agree with."""
         return (
             (self.ids is None or record.id in self.ids)
+            and (self.id_prefix is None or record.id.startswith(self.id_prefix))
             and (self.user_id is None or record.user_id == self.user_id)
             and (self.tenant_id is None or record.tenant_id == self.tenant_id)
             and self.tags <= record.tags

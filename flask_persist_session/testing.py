@@ -181,6 +181,9 @@ _records = st.lists(
 )
 _conditions: dict[str, st.SearchStrategy[Any]] = {
     "ids": st.frozensets(st.sampled_from([*_IDS, "f" * 67, "../" * 22 + "a"])),
+    "id_prefix": st.builds(
+        lambda session_id, length: session_id[:length], st.sampled_from([*_IDS, "3" * 67]), st.integers(3, 67)
+    ),
     "user_id": st.sampled_from([*_USERS, "bob"]),
     "tenant_id": _tenants,
     "tags": _tags,
@@ -788,6 +791,16 @@ class SessionStoreContract:
             listing.save(record, expected=0)
         found = {name: list(listing.find(SessionQuery(user_id=name))) for name in names if name is not None}
         assert found == {name: [record] for name, record in records.items() if name is not None}
+
+    def test_find_by_the_beginning_of_an_id(self, listing: SessionStore) -> None:
+        """A session is found by the first digits of its id, from the shard alone to all 67; others are not."""
+        record, other = make_record(1), make_record(2)
+        listing.save(record, expected=0)
+        listing.save(other, expected=0)
+        own = [length for length in range(3, 68) if record.id[:length] != other.id[:length]]
+        assert own
+        assert all(list(listing.find(SessionQuery(id_prefix=record.id[:length]))) == [record] for length in own)
+        assert list(listing.find(SessionQuery(id_prefix=record.id[:3], user_id="nobody of that name"))) == []
 
     def test_find_sees_the_last_version(self, listing: SessionStore) -> None:
         """Conditions are judged on what was saved last, by whichever index they are looked up."""

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import pty
+import shlex
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import termios
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from cachelib import SimpleCache
 from flask import Flask
 
+from flask_persist_session import (
+    SessionEnded,
+    SessionManager,
+    SessionNotFound,
+    SessionRecord,
+    SessionStore,
+    open_store,
+    session_ended,
+)
 from flask_persist_session.cli import sessions_cli
+from flask_persist_session.testing import make_record
 from tests.conftest import Clock
+from tests.counting import CountingStore
 from tests.servers import free_port
 
 MakeApp = Callable[..., Flask]
@@ -66,7 +91,7 @@ def test_stats_show_tenants_and_tags(make_app: MakeApp) -> None:
     assert [line.split(maxsplit=1) for line in tenants[:4]] == [
         ["3", "tenant 11"],
         ["2", "tenant 04"],
-        ["1", "'\\x1b[2J'"],
+        ["1", "\\x1b[2J"],
         ["1", "tenant 00"],
     ]
     assert (len(tenants), tenants[-1]) == (11, "and 3 more")
@@ -108,7 +133,7 @@ def test_every_command_and_option_has_help() -> None:
     """``--help`` explains each of them."""
     for command in sessions_cli.commands.values():
         assert command.help
-        assert all(getattr(parameter, "help", None) for parameter in command.params)
+        assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +163,531 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, setting: str, message: str)
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr.startswith(f"Error: {message}")
+
+
+# Looking --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manager(app: Flask) -> SessionManager:
+    manager = app.extensions["persist_session"].manager
+    assert isinstance(manager, SessionManager)
+    return manager
+
+
+def listed(app: Flask, *arguments: str) -> list[dict[str, Any]]:
+    """What ``list --json`` prints on standard output."""
+    result = app.test_cli_runner().invoke(args=["sessions", "list", "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_list_is_a_table_for_people(app: Flask) -> None:
+    """One line for each session, the newest first, with times as people say them and whole ids where there is room."""
+    status, output = run(app, "list")
+    head, *rows = [line.split() for line in output.splitlines()]
+    assert (status, head) == (0, ["ID", "STATE", "USER", "CREATED", "ACCESSED", "EXPIRES", "SIZE"])
+    assert [row[1:3] for row in rows] == [
+        ["active", "Bob"],
+        *sorted([["expired", "Ada"], ["ended", "(ended)"]], key=rows_key(app)),
+    ]
+    assert rows[0][3:8] == ["now", "now", "in", "31", "days"]
+    assert {row[0] for row in rows} == {session["id"] for session in listed(app)}
+
+
+def rows_key(app: Flask) -> Callable[[list[str]], int]:
+    """Sessions of one moment are listed by their id, which is random."""
+    states = [session["state"] for session in listed(app)]
+    return lambda row: states.index(row[0])
+
+
+def test_list_filters(app: Flask, manager: SessionManager) -> None:
+    """By user, tenant, tags, all of which must be there, and state."""
+    chosen = manager.create(user_id="Cy", tenant_id="acme", tags=["web", "beta"]).id
+    manager.create(user_id="Cy", tags=["web"])
+    for arguments in (["--tenant", "acme"], ["--tag", "web", "--tag", "beta"], ["--user", "Cy", "--tenant", "acme"]):
+        assert [session["id"] for session in listed(app, *arguments)] == [chosen]
+    assert [session["user_id"] for session in listed(app, "--state", "expired")] == ["Ada"]
+    assert listed(app, "--user", "ada") == []
+
+
+@pytest.mark.parametrize("sort", ["created", "accessed", "expires"])
+def test_list_sorts(app: Flask, manager: SessionManager, clock: Clock, sort: str) -> None:
+    """The latest first by the time that was asked for, with ``--reverse`` the earliest."""
+    for lifetime in (300, 100, 200):
+        clock.advance(10)
+        manager.create(user_id="Cy", lifetime=lifetime)
+    times = [session[f"{sort}_at"] for session in listed(app, "--user", "Cy", "--sort", sort)]
+    assert times == sorted(times, reverse=True)
+    assert [session[f"{sort}_at"] for session in listed(app, "--user", "Cy", "--sort", sort, "--reverse")] == times[::-1]
+
+
+def test_list_says_that_it_was_cut(app: Flask) -> None:
+    """After ``--limit`` sessions a line on standard error says that there are more; with 0 all are shown."""
+    cut, whole, just = (app.test_cli_runner().invoke(args=["sessions", "list", "--limit", n]) for n in ("2", "0", "3"))
+    assert (cut.stdout.count("\n"), cut.stderr) == (3, "… and more; --limit 0 shows all\n")
+    assert (whole.stdout.count("\n"), whole.stderr) == (just.stdout.count("\n"), just.stderr) == (4, "")
+
+
+def test_list_of_nothing_says_so(app: Flask) -> None:
+    """No table, and a word on standard error."""
+    result = app.test_cli_runner().invoke(args=["sessions", "list", "--user", "nobody of that name"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no such sessions\n")
+
+
+def test_list_tells_programs_all_but_the_data(app: Flask) -> None:
+    """``--json`` prints plain values, times in seconds, and no payload."""
+    [session] = listed(app, "--user", "Bob")
+    assert session == {
+        "id": session["id"],
+        "state": "active",
+        "user_id": "Bob",
+        "tenant_id": None,
+        "tags": [],
+        "metadata": {},
+        "created_at": 1_702_764_800.0,
+        "accessed_at": 1_702_764_800.0,
+        "expires_at": 1_705_443_260.0,
+        "ended_at": None,
+        "end_reason": None,
+        "version": 1,
+        "bytes": 5,
+    }
+
+
+class LongStore(SessionStore):
+    """Has as many sessions of 1 MB as are asked for, made while they are listed."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def scan(self) -> Iterator[SessionRecord]:
+        for number in range(self.length):
+            yield make_record(number, user_id=None, data=bytes(1_000_000), expires_at=4e9)
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        return None
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        raise NotImplementedError
+
+    def delete(self, session_id: str, *, expected: int | None = None) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []], ids=["json", "table"])
+def test_list_of_all_needs_little_memory(make_app: MakeApp, arguments: list[str]) -> None:
+    """600 sessions of 1 MB each are listed with memory for a few of them."""
+    app = make_app(LongStore(600))
+    tracemalloc.start()
+    status, output = run(app, "list", "--limit", "0", *arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (status, output.count("\n")) == (0, 600 + (not arguments))
+    assert peak < 20_000_000
+
+
+EVIL = "red\x1b[31m\n\u202eeman"
+
+
+def test_no_control_character_reaches_the_terminal(app: Flask, manager: SessionManager) -> None:
+    """Users, tenants, tags, metadata, keys, values and reasons are printed with escapes instead."""
+    fields = {"user_id": EVIL, "tenant_id": EVIL, "tags": [EVIL], "metadata": {EVIL: EVIL}}
+    first, second = (manager.create({EVIL: [EVIL], "raw": EVIL.encode()}, **fields) for _ in range(2))
+    manager.end(second.id, EVIL)
+    for arguments in (["list"], ["show", first.id], ["show", second.id], ["why", first.id], ["why", second.id]):
+        status, output = run(app, *arguments)
+        assert status == 0
+        assert r"red\x1b[31m\n\u202eeman" in output
+        assert all(char.isprintable() for char in output.replace("\n", ""))
+
+
+def test_show_tells_all_of_a_session(app: Flask, manager: SessionManager, clock: Clock) -> None:
+    """State, owner, times, labels, and the data with the size of each key, the largest first."""
+    data = {"n": 1, "cart": {"apples": (1, Decimal("2.50"))}}
+    made = manager.create(data, user_id="Cy", tenant_id="acme", tags=["web"], metadata={"device": "phone"})
+    clock.advance(300)
+    status, output = run(app, "show", made.id[:8])
+    facts, *values = output.split("\n\n")
+    rows = dict(line.split(maxsplit=1) for line in facts.splitlines())
+    assert status == 0
+    assert rows == {
+        "session": made.id,
+        "state": "active",
+        "user": "Cy",
+        "tenant": "acme",
+        "tags": "web",
+        "created": "2023-12-16 22:13:20 UTC (5 minutes ago)",
+        "accessed": "2023-12-16 22:13:20 UTC (5 minutes ago)",
+        "expires": "2024-01-16 22:14:20 UTC (in 30 days)",
+        "version": "1",
+        "metadata": '{"device": "phone"}',
+        "size": f"{len(made.record.data)} bytes",
+    }
+    assert [value.splitlines()[1].strip() for value in values] == ["{'apples': (1, Decimal('2.50'))}", "1"]
+    assert [value.split(":")[0] for value in values] == ["'cart'", "'n'"]
+
+
+def test_show_as_json_has_text_for_what_json_lacks(app: Flask, manager: SessionManager) -> None:
+    """Dates in ISO form, lists for tuples and sets, text for numbers that JSON readers would change."""
+    moment = datetime(2024, 2, 29, 12, tzinfo=timezone.utc)
+    data = {"at": moment, "pair": (1, {2}), "price": Decimal("2.50"), "raw": b"\x1b", "inf": math.inf, "big": 1 << 64}
+    status, output = run(app, "show", manager.create({**data, "map": {1: None}}).id, "--json")
+    shown = json.loads(output)
+    assert status == 0
+    assert shown["data"] == {
+        "at": "2024-02-29T12:00:00+00:00",
+        "pair": [1, [2]],
+        "price": "2.50",
+        "raw": r"b'\x1b'",
+        "inf": "inf",
+        "big": "0x10000000000000000",
+        "map": {"1": None},
+    }
+    assert list(shown["sizes"]) == sorted(shown["sizes"], key=lambda key: -shown["sizes"][key])
+
+
+def test_show_prints_an_integer_that_python_does_not(app: Flask, manager: SessionManager) -> None:
+    """Beyond 4,300 digits Python refuses decimal, so it is shown in hexadecimal."""
+    status, output = run(app, "show", manager.create({"huge": 1 << 20_000}).id)
+    assert status == 0
+    assert "0x1" + "0" * 5000 in output
+
+
+def test_show_has_the_data_of_an_expired_session(app: Flask) -> None:
+    """The data is there until a cleanup; that of an ended session is gone."""
+    [expired], [ended] = listed(app, "--state", "expired"), listed(app, "--state", "ended")
+    assert "xxxx" in run(app, "show", expired["id"])[1]
+    assert "kept " in run(app, "show", ended["id"])[1]
+    assert json.loads(run(app, "show", ended["id"], "--json")[1])["data"] == {}
+
+
+@pytest.mark.parametrize("command", ["show", "why"])
+def test_data_that_cannot_be_read_is_told(app: Flask, manager: SessionManager, command: str) -> None:
+    """One line says what is wrong and what to do, with exit status 1."""
+    record = manager.create(user_id="Cy").record
+    manager.store.save(replace(record, data=b"\xffjunk", version=2), expected=1)
+    status, output = run(app, command, record.id)
+    assert (status, output.count("\n")) == (1, 1)
+    assert output.startswith(
+        f"Error: the data of session {record.id} cannot be read: the payload's envelope 0xff is unknown"
+    )
+    assert "or revoke it" in output
+    assert run(app, "revoke", record.id, "--yes") == (0, "revoked 1 active session\n")
+
+
+def test_a_record_that_cannot_be_read_is_told(make_app: MakeApp) -> None:
+    """What is no record at all: exit status 1, and how to get rid of it; other ids are revoked all the same."""
+    cache = SimpleCache()
+    app = make_app(cache)
+    manager = app.extensions["persist_session"].manager
+    broken, good = manager.create().id, manager.create().id
+    cache.set(f"persist:web:{broken}", b"junk")
+    for command in (["show"], ["why"], ["revoke", "--yes"]):
+        status, output = run(app, *command, broken)
+        assert status == 1
+        assert output.startswith(f"Error: session {broken} cannot be read: ")
+        assert "manager.delete(id)" in output
+    assert run(app, "revoke", "--yes", broken, good)[0] == 1
+    assert manager.load(good).end_reason == "revoked"
+
+
+def test_why_tells_what_became_of_a_session(app: Flask, manager: SessionManager, clock: Clock) -> None:
+    """Active until when; expired when; ended when, with the reason in words."""
+    made = manager.create(user_id="Cy", tenant_id="acme", lifetime=3600)
+    whose = f"session {made.id} of user 'Cy' of tenant 'acme'"
+    until = "2023-12-16 23:14:20 UTC"
+    assert run(app, "why", made.id) == (
+        0,
+        f"{whose} is active until {until} (in 61 minutes), or longer if a request renews it\n",
+    )
+    clock.advance(2 * 86400)
+    assert f"{whose} expired at {until} (46 hours ago); its last " in run(app, "why", made.id)[1]
+    ended = manager.create()
+    manager.revoke(ended.id)
+    assert run(app, "why", ended.id)[1] == (
+        f'session {ended.id} of nobody ended at 2023-12-18 22:13:20 UTC (now) with the reason "revoked": somebody ended it '
+        "from outside: an operator or the application\n"
+    )
+
+
+def test_why_heeds_an_absolute_timeout_that_was_shortened(store: SessionStore, clock: Clock) -> None:
+    """A session that the store has as active expires when the shorter timeout says."""
+    record = SessionManager(store, clock=clock).create().record
+    manager = SessionManager(store, clock=clock, absolute_timeout=60)
+    clock.advance(61)
+    details = manager.inspect(record.id)
+    assert (details.state, details.record.expires_at) == ("expired", record.created_at + 60)
+    assert manager.judge(record) == details.record
+
+
+@pytest.mark.parametrize("command", [["show"], ["why"], ["revoke", "--yes"]], ids=str)
+def test_an_unknown_id_is_explained(app: Flask, command: list[str]) -> None:
+    """Exit status 1, and where the session may have gone."""
+    status, output = run(app, *command, "0" * 67)
+    assert status == 1
+    assert output.startswith(f"Error: no session {'0' * 67}: it never existed, or was removed by a ")
+    assert "86,400 seconds" in output
+    assert run(app, *command, "0" * 12)[1].startswith(f"Error: no session {'0' * 12}: ")
+
+
+@pytest.mark.parametrize("word", ["", "0123456", "X" * 67, "3abZtoken-of-somebody", "%_%_%_%_%_", "fff" * 4])
+def test_what_is_no_id_is_explained(app: Flask, word: str) -> None:
+    """Exit status 1, and how an id looks; no more of it is repeated than what no token is guessed from."""
+    status, output = run(app, "show", "--", word)
+    assert status == 1
+    assert "is no session id: give its 67 lower-case hex digits, or at least the first 8 of them" in output
+    assert word[:8] in output
+    assert "token-of" not in output
+
+
+def test_an_ambiguous_id_is_explained(store: SessionStore) -> None:
+    """The error has both ids; more digits name one session."""
+    manager = SessionManager(store)
+    record = manager.create(user_id="Cy").record
+    ids = [record.id[:8] + digit * 59 for digit in "ab"]
+    for session_id in ids:
+        store.save(replace(record, id=session_id), expected=0)
+    with pytest.raises(SessionNotFound, match="begins the ids of several sessions: give more digits of") as raised:
+        manager.look_up(record.id[:8])
+    assert len([session_id for session_id in [*ids, record.id] if session_id in str(raised.value)]) == 2
+    assert [manager.look_up(session_id[:12]).id for session_id in ids] == ids
+
+
+# Revoking -------------------------------------------------------------------------------------------------------------
+
+
+def test_revoke_some(app: Flask, manager: SessionManager) -> None:
+    """Ids or their beginnings; those that had ended are counted apart, an unknown one does not stop the others."""
+    first, second = manager.create(user_id="Cy").id, manager.create().id
+    assert run(app, "revoke", "--yes", first[:12]) == (0, "revoked 1 active session\n")
+    status, output = run(app, "revoke", "--yes", first, "0" * 67, second)
+    assert status == 1
+    assert output.count(f"no session {'0' * 67}") == 1
+    assert output.endswith("revoked 1 active session; 1 had ended or expired before\n")
+    assert [manager.inspect(session_id).record.end_reason for session_id in (first, second)] == ["revoked"] * 2
+
+
+def test_revoke_a_user(app: Flask, manager: SessionManager) -> None:
+    """All sessions of a user, or those within a tenant; others stay."""
+    for tenant in ("acme", "acme", None):
+        manager.create(user_id="Cy", tenant_id=tenant)
+    assert run(app, "revoke", "--yes", "--user", "Cy", "--tenant", "acme") == (0, "revoked 2 active sessions\n")
+    assert run(app, "revoke", "--yes", "--user", "Cy") == (0, "revoked 1 active session\n")
+    assert [session["user_id"] for session in listed(app, "--state", "active")] == ["Bob"]
+
+
+def test_revoke_everybody(app: Flask) -> None:
+    """All active sessions, and there are none left."""
+    assert run(app, "revoke", "--all", "--yes") == (0, "revoked 1 active session\n")
+    assert run(app, "revoke", "--all", "--yes") == (0, "revoked 0 active sessions\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--yes"],
+        ["0" * 67, "--all"],
+        ["--user", "Bob", "--all"],
+        ["0" * 67, "--user", "Bob"],
+        ["--all", "--tenant", "a"],
+    ],
+    ids=str,
+)
+def test_revoke_takes_one_way_of_three(app: Flask, arguments: list[str]) -> None:
+    """None or several ways are a usage error, and nothing is revoked."""
+    assert run(app, "revoke", *arguments)[0] == 2
+    assert len(listed(app, "--state", "active")) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--all"], ["--user", "Bob"], ["ID"]], ids=str)
+def test_revoke_in_a_pipe_needs_yes(app: Flask, arguments: list[str]) -> None:
+    """Where nobody can be asked, nothing is revoked and the error names the option."""
+    [active] = listed(app, "--state", "active")
+    status, output = run(app, "revoke", *(active["id"] if word == "ID" else word for word in arguments))
+    assert (status, output) == (
+        1,
+        "Error: nothing was revoked: there is no terminal to ask on, so confirm with --yes\n",
+    )
+    assert listed(app, "--state", "active") == [active]
+
+
+def test_revoking_all_can_be_interrupted_and_started_again(store: SessionStore, clock: Clock) -> None:
+    """What was ended before stays ended, the rest is as it was, and a second run ends it; nothing is ended twice."""
+    manager = SessionManager(store, clock=clock)
+    for number in range(600):
+        manager.create(user_id=str(number))
+    batches: list[int] = []
+
+    def interrupt(ended: int) -> None:
+        batches.append(ended)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        manager.revoke_all(on_batch=interrupt)
+    assert manager.stats().active == 600 - batches[0] > 0
+    assert manager.revoke_all(on_batch=batches.append) == 600 - batches[0]
+    assert (sum(batches), manager.stats().ended) == (600, 600)
+
+
+def test_revoking_all_takes_no_step_for_each_session(clock: Clock) -> None:
+    """1,000 sessions are ended in batches: two of changes, and two listings."""
+    store = CountingStore(open_store("memory://"))
+    manager = SessionManager(store, clock=clock)
+    for _ in range(1000):
+        manager.create()
+    store.operations.clear()
+    assert manager.revoke_all() == 1000
+    assert store.operations == {"find": 2, "save_many": 2}
+
+
+def test_revoking_all_meets_what_happens_meanwhile(clock: Clock) -> None:
+    """A session that is saved is ended all the same, one under a new token too, and one that has ended is not counted."""
+    manager = SessionManager(open_store("memory://"), clock=clock)
+    sessions = [manager.create({"n": n}) for n in range(600)]
+    saved, moved, gone = sessions[-3:]  # the memory store lists in the order of creation, 500 at a time
+    after = []
+
+    def meanwhile(ended: int) -> None:
+        if not after:
+            saved.data["n"] = -1
+            assert manager.save(saved) == "saved"
+            after.append(manager.regenerate(moved))
+            manager.end(gone.id, "logout")
+
+    assert manager.revoke_all(on_batch=meanwhile) == 599
+    [new] = after
+    assert new is not None
+    ends = [manager.inspect(session.id).record.end_reason for session in (saved, moved, new, gone)]
+    assert ends == ["revoked", "regenerated", "revoked", "logout"]
+
+
+def test_each_revoked_session_is_told(store: SessionStore) -> None:
+    """``session_ended`` is sent once for each, with its user and the reason."""
+    manager = SessionManager(store)
+    made = {manager.create(user_id=str(number)).id for number in range(3)}
+    events: list[SessionEnded] = []
+
+    def receive(sender: object, event: SessionEnded) -> None:
+        events.append(event)
+
+    with session_ended.connected_to(receive, manager):
+        assert manager.revoke_all() == 3
+    assert {event.session_id for event in events} == made
+    assert [event.reason for event in events] == ["revoked"] * 3
+
+
+def test_a_cache_that_cannot_list_does_the_rest(make_app: MakeApp) -> None:
+    """``show``, ``why`` and ``revoke`` work with whole ids; what needs a listing fails with the reason."""
+    app = make_app(SimpleCache())
+    session_id = app.extensions["persist_session"].manager.create({"a": 1}, user_id="Cy").id
+    for arguments in (
+        ["list"],
+        ["revoke", "--yes", "--user", "Cy"],
+        ["revoke", "--yes", "--all"],
+        ["why", session_id[:12]],
+    ):
+        status, output = run(app, *arguments)
+        assert (status, output.splitlines()[-1][:45]) == (1, "Error: CachelibStore cannot list sessions: a "), arguments
+    assert [run(app, *arguments, session_id)[0] for arguments in (["show"], ["why"], ["revoke", "--yes"])] == [0] * 3
+
+
+# In a terminal --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A folder with an application whose store has 30 sessions."""
+    (tmp_path / "shop.py").write_text(
+        "from flask import Flask\n"
+        "from flask_persist_session import PersistSession\n"
+        "app = Flask(__name__)\n"
+        f"app.config.update(SECRET_KEY='for tests', PERSIST_SESSION_STORE='sqlite:///{tmp_path}/shop.db')\n"
+        "PersistSession(app)\n"
+    )
+    store = open_store(f"sqlite:///{tmp_path}/shop.db")
+    manager = SessionManager(store)
+    for number in range(30):
+        user = f"somebody.with.a.long.name.{number}@example.com"
+        manager.create({"n": number}, user_id=user, tenant_id="acme", tags=["web", "beta"])
+    store.close()
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "flask", "--app", "shop", "sessions", *arguments]
+
+
+def environment() -> dict[str, str]:
+    others = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return others | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUTF8": "1"}
+
+
+def in_terminal(folder: Path, columns: int, *arguments: str, answer: str = "") -> tuple[int, str]:
+    """What the command prints, and its exit status, in a terminal of so many columns where *answer* is typed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    try:
+        process = subprocess.Popen(
+            command(*arguments), cwd=folder, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+        )
+    finally:
+        os.close(theirs)
+    os.write(ours, answer.encode())
+    printed = b""
+    with suppress(OSError), open(ours, "rb", buffering=0) as output:  # a terminal that nobody has open any more
+        while part := output.read(4096):
+            printed += part
+    return process.wait(60), printed.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_a_table_fits_the_terminal(shop: Path, columns: int) -> None:
+    """No line is longer than the terminal is wide, and each id that is shown names its session."""
+    status, output = in_terminal(shop, columns, "list", "--limit", "5")
+    head, *rows, last = output.splitlines()
+    assert (status, len(rows), last) == (0, 5, "… and more; --limit 0 shows all")
+    assert max(map(len, [head, *rows])) <= columns
+    assert head.split()[:3] == ["ID", "STATE", "USER"]
+    assert [title for title in ("TENANT", "TAGS") if title in head] == ["TENANT", "TAGS"][: (columns - 60) // 20]
+    shown = rows[0].split()[0]
+    assert len(shown) == (67 if columns == 200 else 12)
+    assert in_terminal(shop, columns, "why", shown)[1].startswith(f"session {shown}")
+
+
+def test_a_pipe_gets_whole_lines(shop: Path) -> None:
+    """What is no terminal has no width: nothing is cut."""
+    done = subprocess.run(command("list"), cwd=shop, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 30
+    assert all(len(row[0]) == 67 and row[2].endswith("@example.com") for row in rows)
+
+
+def test_a_pipe_that_ends_early_is_no_error(shop: Path) -> None:
+    """``| head`` gets its lines, and nobody a traceback."""
+    listing = shlex.join(command("list", "--json", "--limit", "0"))
+    done = subprocess.run(["sh", "-c", f"{listing} | true"], cwd=shop, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_revoke_asks_first(shop: Path) -> None:
+    """The question says how many sessions and of whom; without a yes nothing happens."""
+    user = "somebody.with.a.long.name.7@example.com"
+    status, output = in_terminal(shop, 80, "revoke", "--user", user, answer="n\n")
+    assert (status, f"Revoke 1 active session of user '{user}'? [y/N]: " in output) == (1, True)
+    assert in_terminal(shop, 80, "revoke", "--user", user, answer="y\n")[1].endswith("revoked 1 active session\n")
+    shown = in_terminal(shop, 80, "list", "--limit", "1", "--state", "active")[1].splitlines()[1].split()[0]
+    assert "Revoke 1 session of user 'somebody" in in_terminal(shop, 80, "revoke", shown, answer="n\n")[1]
+
+
+def test_revoking_all_shows_how_far_it_is(shop: Path) -> None:
+    """The question warns that it is everybody; a bar is shown on a terminal, and not in a pipe."""
+    status, output = in_terminal(shop, 80, "revoke", "--all", answer="n\n")
+    assert (status, "Revoke 30 active sessions, those of all users and visitors of 'shop'?" in output) == (1, True)
+    status, output = in_terminal(shop, 80, "revoke", "--all", "--yes")
+    assert (status, "100%" in output) == (0, True)
+    assert output.endswith("revoked 30 active sessions\n")
+    done = subprocess.run(command("revoke", "--all", "--yes"), cwd=shop, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "revoked 0 active sessions\n", "")

@@ -28,12 +28,15 @@ LAYERS = {
     "caps": 2,
     "cleanup": 2,
     "migrate": 3,
+    "lookup": 2,
     "manager": 2,
     "session": 2,
     "interface": 3,
     "sweeper": 3,
     "extension": 4,
     "cli": 4,
+    "describe": 4,
+    "terminal": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -45,6 +48,7 @@ SIBLINGS = {
     ("manager", "stored"),
     ("manager", "caps"),
     ("manager", "cleanup"),
+    ("manager", "lookup"),
     ("cleanup", "announcer"),
     ("lifetime", "config"),
     ("config", "serializers"),
@@ -53,6 +57,9 @@ SIBLINGS = {
     ("stores", "tokens"),
     ("extension", "cli"),
     ("cli", "extension"),
+    ("cli", "describe"),
+    ("cli", "terminal"),
+    ("describe", "terminal"),
 }
 DRIVERS = {
     "peewee": {"stores.sql", "stores.databases"},

@@ -154,6 +154,9 @@ class FileStore(SessionStore):
             records = self._records(iter(sorted(query.ids)))
         elif query.user_id is not None:
             records = self._records(self._ids_of_user(query.user_id))
+        elif query.id_prefix is not None:
+            prefix = query.id_prefix
+            records = self._records(name for name in self._ids_in(int(prefix[:3], 16)) if name.startswith(prefix))
         else:
             records = self.scan()
         return order_and_cut((record for record in records if query.matches(record)), query)

@@ -190,7 +190,11 @@ class RedisStore(SessionStore):
             records = self._records(filter(is_session_id, sorted(query.ids)), None)
         elif query.user_id is not None:
             index = self._user_key(shard_of(query.user_id), query.user_id)
-            records = self._records(self._ids_of_user(index), lambda _: index)
+            records = self._records(self._ids_in_index(index), lambda _: index)
+        elif query.id_prefix is not None:
+            prefix = query.id_prefix
+            ids = self._ids_in_index(self._expiry_key(prefix[:3]))
+            records = self._records((name for name in ids if name.startswith(prefix)), self._expiry_key_of)
         else:
             records = self._records(self._ids(*_bounds(query)), self._expiry_key_of)
         return order_and_cut((record for record in records if query.matches(record)), query)
@@ -267,7 +271,7 @@ class RedisStore(SessionStore):
             for ids in answers:
                 yield from _ids_in(ids)
 
-    def _ids_of_user(self, index: str) -> list[str]:
+    def _ids_in_index(self, index: str) -> list[str]:
         with self._errors():
             return list(_ids_in(self._client.zrange(index, 0, -1)))
 

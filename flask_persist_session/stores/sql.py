@@ -250,6 +250,8 @@ class SQLStore(SessionStore):
         conditions: list[Any] = [pw.SQL("1 = 1")]
         if query.ids is not None:
             conditions.append(model.id.in_([session_id for session_id in sorted(query.ids) if is_session_id(session_id)]))
+        if query.id_prefix is not None:
+            conditions.append(model.id.between(query.id_prefix, query.id_prefix.ljust(67, "f")))
         for name in ("user_id", "tenant_id"):
             if getattr(query, name) is not None:
                 conditions.append(getattr(model, name) == getattr(query, name))

@@ -1,0 +1,105 @@
+"""What the commands say of a session: a row of a table, facts, words, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from . import terminal
+from .records import SessionRecord, State
+
+#: So many digits of an id a narrow table shows; the chance that any two of a million sessions share them is 1 %.
+SHOWN_DIGITS = 12
+#: Why a session ended, for reasons that this package gives.
+_REASONS = {
+    "revoked": "somebody ended it from outside: an operator or the application",
+    "regenerated": "it goes on under another id, as when its user signs in or out",
+    "evicted": "its user signed in more often than PERSIST_SESSION_MAX_PER_USER allows, and it was the oldest",
+    "rejected": "its user had as many sessions as PERSIST_SESSION_MAX_PER_USER allows",
+    "ended": "the application ended it",
+    "logout": "its user signed out: the application cleared it",
+    "emptied": "the application removed all that was in it",
+    "deleted": "somebody deleted it with manager.delete",
+}
+
+
+def columns(now: float) -> list[terminal.Column]:
+    """The columns of a list of sessions."""
+    column = terminal.Column
+    return [
+        column("ID", lambda record: record.id, narrowest=SHOWN_DIGITS, mark=""),
+        column("STATE", lambda record: _state(record, now), narrowest=15),
+        column("USER", lambda record: terminal.escape(record.user_id or ""), narrowest=12),
+        column("TENANT", lambda record: terminal.escape(record.tenant_id or ""), rank=4, narrowest=8),
+        column("TAGS", lambda record: _tags(record), rank=5, narrowest=8),
+        column("CREATED", lambda record: terminal.relative(record.created_at, now), rank=3),
+        column("ACCESSED", lambda record: terminal.relative(record.accessed_at, now), rank=2),
+        column("EXPIRES", lambda record: "" if record.ended_at else terminal.relative(record.expires_at, now), rank=1),
+        column("SIZE", lambda record: terminal.size(len(record.data)), rank=6),
+    ]
+
+
+def _state(record: SessionRecord, now: float) -> str:
+    state = record.state(now)
+    return f"{state} ({terminal.escape(record.end_reason or '')})" if state == "ended" else state
+
+
+def _tags(record: SessionRecord) -> str:
+    return terminal.escape(", ".join(sorted(record.tags)))
+
+
+def json_lines(records: Iterator[SessionRecord], now: float) -> Iterator[str]:
+    """A list of sessions as lines of JSON."""
+    return (json.dumps(as_json(record, record.state(now))) for record in records)
+
+
+def as_json(record: SessionRecord, state: State) -> dict[str, Any]:
+    """What JSON tells of a session; times in seconds since the epoch."""
+    return {
+        "id": record.id,
+        "state": state,
+        "user_id": record.user_id,
+        "tenant_id": record.tenant_id,
+        "tags": sorted(record.tags),
+        "metadata": record.metadata,
+        "created_at": record.created_at,
+        "accessed_at": record.accessed_at,
+        "expires_at": record.expires_at,
+        "ended_at": record.ended_at,
+        "end_reason": record.end_reason,
+        "version": record.version,
+        "bytes": len(record.data),
+    }
+
+
+def facts(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
+    """What is known of a session, each with a label."""
+    yield "session", record.id
+    yield "state", _state(record, now)
+    yield "user", "none" if record.user_id is None else terminal.escape(record.user_id)
+    yield "tenant", "none" if record.tenant_id is None else terminal.escape(record.tenant_id)
+    yield "tags", _tags(record) or "none"
+    yield "created", terminal.both(record.created_at, now)
+    yield "accessed", terminal.both(record.accessed_at, now)
+    if record.ended_at is None:
+        yield "expires", terminal.both(record.expires_at, now)
+    else:
+        yield "ended", terminal.both(record.ended_at, now)
+        yield "kept", f"until {terminal.both(record.expires_at, now)}"
+    yield "version", f"{record.version:,}"
+    yield "metadata", terminal.escape(json.dumps(dict(record.metadata), ensure_ascii=False)) if record.metadata else "none"
+    yield "size", terminal.size(len(record.data))
+
+
+def fate(record: SessionRecord, now: float) -> str:
+    """What became of a session, to follow its name."""
+    expiry = terminal.both(record.expires_at, now)
+    state = record.state(now)
+    if state == "active":
+        return f"is active until {expiry}, or longer if a request renews it"
+    if state == "expired":
+        return f"expired at {expiry}; its last change or renewal was at {terminal.both(record.accessed_at, now)}"
+    meaning = _REASONS.get(record.end_reason or "", "a reason that the application gave")
+    reason = terminal.escape(record.end_reason or "")
+    return f'ended at {terminal.both(record.ended_at or now, now)} with the reason "{reason}": {meaning}'
