@@ -33,6 +33,7 @@ LAYERS = {
     "sweeper": 3,
     "extension": 4,
     "cli": 4,
+    "web": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -52,14 +53,16 @@ SIBLINGS = {
     ("stores", "tokens"),
     ("extension", "cli"),
     ("cli", "extension"),
+    ("web", "extension"),
 }
 DRIVERS = {
     "peewee": {"stores.sql", "stores.databases"},
     "redis": {"stores.redis"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},
+    "ua_parser": {"web.devices"},
 }
-OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "hypothesis", "pytest")
+OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "ua_parser", "hypothesis", "pytest")
 #: Which layers may import what of Flask.
 FLASK_FROM = 2
 
