@@ -74,6 +74,12 @@ def add_views(app: Flask) -> None:
         session["_user_id"] = user
         return ""
 
+    @app.get("/anew")
+    def anew() -> str:
+        session.clear()
+        session["a"] = 1
+        return ""
+
     @app.get("/regenerate")
     def regenerate() -> str:
         session.regenerate()  # type: ignore[attr-defined]
@@ -164,6 +170,14 @@ def test_signing_out_forgets_the_sign_in(tracked: Flask) -> None:
     client.get("/sign-in/Ada", **HOME)
     client.get("/sign-out", **AWAY)
     assert metadata(tracked) == {"sign_in": None, "last_seen": AT_AWAY}
+
+
+def test_starting_anew_forgets_everything(tracked: Flask) -> None:
+    """A session that was cleared and filled again by a visitor has nothing of the device before."""
+    client = tracked.test_client()
+    client.get("/sign-in/Ada", **HOME)
+    client.get("/anew", **AWAY)
+    assert [record.metadata for record in records(tracked)] == [{"last_seen": AT_AWAY}]
 
 
 def test_tracking_costs_no_operation(tracked: Flask, counting: CountingStore, clock: Clock) -> None:
@@ -445,8 +459,8 @@ def test_signing_out_this_device(app: Flask) -> None:
     here, there = signed_in(app), signed_in(app)
     old = here.get_cookie("session").value
     action, form = page(here).forms[0]
-    response = here.post(action, data=form, headers={"X-Forwarded-Prefix": "/x"})
-    assert (response.status_code, response.location) == (303, "/")
+    response = here.post(action, data=form, base_url="http://localhost/mounted")
+    assert (response.status_code, response.location) == (303, "/mounted/")
     assert here.get_cookie("session") is None
     here.set_cookie("session", old)
     assert (user(here), user(there)) == ("None", "Ada")

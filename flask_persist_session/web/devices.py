@@ -150,7 +150,9 @@ class _Page:
             raise ConfigError("the page of devices needs server-side sessions: call PersistSession(app), set SECRET_KEY")
         if current.user_id is None:
             url = self._find_login_url()
-            abort(403, "Please sign in first.") if url is None else abort(redirect(url, 303))
+            if url is None:
+                abort(403, "Please sign in first.")
+            abort(redirect(url, 303))
         return current
 
     def _accepted(self) -> Session:
