@@ -14,7 +14,7 @@ from flask import after_this_request, has_request_context
 from flask.sessions import SessionInterface, SessionMixin
 
 from .exceptions import ConfigError, PersistSessionError
-from .session import CookieTask, Device, Renewal, Session
+from .session import CookieTask, DeviceNote, Renewal, Session
 from .tokens import SignedToken, TokenSigner, claimed_time, session_id
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class _RequestSession(Session):
     """The session of one Flask request."""
 
     def __init__(
-        self, manager: SessionManager, presented: _Presented, describe_device: Callable[[], Device] | None
+        self, manager: SessionManager, presented: _Presented, describe_device: Callable[[], DeviceNote] | None
     ) -> None:
         super().__init__(manager, presented.token, describe_device)
         self.presented = presented
@@ -223,7 +223,7 @@ class _RequestSession(Session):
         return response
 
 
-def _device(request: Request) -> Device:
+def _device(request: Request) -> DeviceNote:
     """Where *request* comes from, as far as the application trusts its proxies, and with which user agent."""
     return {
         "ip": _printable(request.remote_addr, _LONGEST_IP),

@@ -23,7 +23,7 @@ CookieTask: TypeAlias = Literal["keep", "set", "renew", "delete"]
 """What the response's cookie needs: nothing, a (new) token, the same token with a new time, or to go."""
 Renewal: TypeAlias = Literal["no", "if changed", "yes"]
 """Whether it is time to renew the session: not yet, only if it is saved anyway, or in any case."""
-Device: TypeAlias = dict[str, JSON]
+DeviceNote: TypeAlias = dict[str, JSON]
 """Where a request comes from: its ``ip`` and ``user_agent``, each ``None`` if it is not known."""
 
 #: Under what the metadata keeps the device of the sign-in and that of the last renewal.
@@ -43,7 +43,7 @@ class Session(SessionMixin):
         self,
         manager: SessionManager,
         read_token: Callable[[], str | None],
-        describe_device: Callable[[], Device] | None = None,
+        describe_device: Callable[[], DeviceNote] | None = None,
     ) -> None:
         self._manager = manager
         self._read_token = read_token

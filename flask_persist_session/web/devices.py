@@ -22,6 +22,7 @@ from flask import (
     session,
     url_for,
 )
+from flask.typing import ResponseReturnValue
 from itsdangerous import Signer, want_bytes
 
 from ..exceptions import ConfigError, UnsupportedByStore
@@ -52,7 +53,7 @@ def devices_blueprint(
 
         app.register_blueprint(devices_blueprint(login_url="/login"), url_prefix="/account/devices")
 
-    Its pages are ``persist_session/devices.html``, which the application may replace by a template of its own of that
+    Its page is ``persist_session/devices.html``, which the application may replace by a template of its own of that
     name. It shows browsers and addresses if ``PERSIST_SESSION_TRACK_DEVICES`` is on, and times otherwise.
 
     :param name: name of the blueprint, for ``url_for("devices.page")``.
@@ -113,7 +114,7 @@ class _Page:
         devices.sort(key=lambda device: not device.here)
         return _render(devices=devices, form_key=_signer().get_signature(_id(current)).decode())
 
-    def sign_out(self) -> Any:
+    def sign_out(self) -> ResponseReturnValue:
         """End one session of the user, which may be this one; a 404 for anybody else's."""
         current = self._accepted()
         session_id = request.form.get("session_id", "")
@@ -126,7 +127,7 @@ class _Page:
         manager.revoke(found.id)
         return _redirect_back()
 
-    def sign_out_others(self) -> Any:
+    def sign_out_others(self) -> ResponseReturnValue:
         """End all sessions of the user but this one."""
         current = self._accepted()
         manager = PersistSession().manager
@@ -134,7 +135,7 @@ class _Page:
             manager.revoke(session_id)
         return _redirect_back()
 
-    def _sign_out_here(self, current: Session) -> Any:
+    def _sign_out_here(self, current: Session) -> ResponseReturnValue:
         current.clear()
         if self._on_sign_out is not None:
             self._on_sign_out()
@@ -186,7 +187,7 @@ def _sessions_like(current: Session) -> Iterator[SessionRecord]:
     return (record for record in found if record.tenant_id == current.tenant_id)  # to find, no tenant is any tenant
 
 
-def _redirect_back() -> Any:
+def _redirect_back() -> ResponseReturnValue:
     return redirect(url_for(".page", done="1"), 303)
 
 
