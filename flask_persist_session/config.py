@@ -53,6 +53,8 @@ class Config:
     max_sessions: int = 0
     """About how many sessions the store may keep, expired and ended ones until they are cleaned up included; 0: any
     number. Beyond that no new one is made."""
+    track_devices: bool = False
+    """Note the IP address and the user agent of sign-in and of the last renewal in the metadata of each session."""
     max_bytes: int = 1024 * 1024
     """Largest encoded payload of one session, in bytes."""
     cleanup_interval: float = 600.0
@@ -180,6 +182,7 @@ _CHECKS = {
     "max_per_user": _count,
     "cap_policy": _policy,
     "max_sessions": _count,
+    "track_devices": _flag,
     "max_bytes": _size,
     "cleanup_interval": _duration,
     "no_store": _flag,

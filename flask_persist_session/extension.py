@@ -79,7 +79,10 @@ class PersistSession:
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
         app.extensions[_KEY] = _State(config, store, manager, sweeper)
         app.session_interface = PersistSessionInterface(
-            manager, no_store=config.no_store, on_request=sweeper.start if sweeper else None
+            manager,
+            no_store=config.no_store,
+            track_devices=config.track_devices,
+            on_request=sweeper.start if sweeper else None,
         )
         for kind, handler in ((StoreUnavailable, _answer_unavailable), (SessionLimitReached, _answer_limit)):
             if kind not in app.error_handler_spec[None][None]:

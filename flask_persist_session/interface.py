@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from flask import after_this_request, has_request_context
 from flask.sessions import SessionInterface, SessionMixin
 
 from .exceptions import ConfigError, PersistSessionError
-from .session import CookieTask, Renewal, Session
+from .session import CookieTask, DeviceNote, Renewal, Session
 from .tokens import SignedToken, TokenSigner, claimed_time, session_id
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ _MOST_COOKIES = 4
 #: Seconds without renewals of untouched sessions after the store was not available.
 _PAUSE = 5.0
 _MOST_DEAD = 4096
+#: Characters that are kept of an IP address, which an application may take from a header, and of a user agent.
+_LONGEST_IP = 64
+_LONGEST_USER_AGENT = 400
 
 
 class PersistSessionInterface(SessionInterface):
@@ -36,13 +39,20 @@ class PersistSessionInterface(SessionInterface):
 
     :param manager: the manager of the application's web sessions.
     :param no_store: add ``Cache-Control: no-store`` to responses that used the session and say nothing else.
+    :param track_devices: note in the metadata of sessions from which device the requests come.
     :param on_request: called by each request.
     """
 
     def __init__(
-        self, manager: SessionManager, *, no_store: bool = False, on_request: Callable[[], object] | None = None
+        self,
+        manager: SessionManager,
+        *,
+        no_store: bool = False,
+        track_devices: bool = False,
+        on_request: Callable[[], object] | None = None,
     ) -> None:
         self.manager = manager
+        self._track_devices = track_devices
         self._on_request = on_request
         self._no_store = no_store
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
@@ -56,7 +66,8 @@ class PersistSessionInterface(SessionInterface):
             self._on_request()
         if not app.secret_key:
             return None
-        session = _RequestSession(self.manager, _Presented(self, app, request.environ.get("HTTP_COOKIE", "")))
+        presented = _Presented(self, app, request.environ.get("HTTP_COOKIE", ""))
+        session = _RequestSession(self.manager, presented, partial(_device, request) if self._track_devices else None)
         if has_request_context():  # not in the test client's session_transaction
             after_this_request(session.note_answer)
         return session
@@ -199,8 +210,10 @@ class _Presented:
 class _RequestSession(Session):
     """The session of one Flask request."""
 
-    def __init__(self, manager: SessionManager, presented: _Presented) -> None:
-        super().__init__(manager, presented.token)
+    def __init__(
+        self, manager: SessionManager, presented: _Presented, describe_device: Callable[[], DeviceNote] | None
+    ) -> None:
+        super().__init__(manager, presented.token, describe_device)
         self.presented = presented
         self.failed = False
 
@@ -208,6 +221,19 @@ class _RequestSession(Session):
         """Called first of all that is done after the view. Flask answers 500 to whatever is raised from then on."""
         self.answered = True
         return response
+
+
+def _device(request: Request) -> DeviceNote:
+    """Where *request* comes from, as far as the application trusts its proxies, and with which user agent."""
+    return {
+        "ip": _printable(request.remote_addr, _LONGEST_IP),
+        "user_agent": _printable(request.user_agent.string, _LONGEST_USER_AGENT),
+    }
+
+
+def _printable(text: str | None, longest: int) -> str | None:
+    """The beginning of *text*, a space for each character that would do something where it is shown."""
+    return "".join(letter if letter.isprintable() else " " for letter in (text or "")[:longest]).strip() or None
 
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:

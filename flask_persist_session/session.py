@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 from flask.sessions import SessionMixin
 
 from .exceptions import StoreError
-from .manager import Outcome, SessionManager
+from .manager import Metadata, Outcome, SessionManager
+from .records import JSON
 from .stored import NOBODY, Owner, StoredSession
 from .tokens import session_id
 
@@ -22,6 +23,12 @@ CookieTask: TypeAlias = Literal["keep", "set", "renew", "delete"]
 """What the response's cookie needs: nothing, a (new) token, the same token with a new time, or to go."""
 Renewal: TypeAlias = Literal["no", "if changed", "yes"]
 """Whether it is time to renew the session: not yet, only if it is saved anyway, or in any case."""
+DeviceNote: TypeAlias = dict[str, JSON]
+"""Where a request comes from: its ``ip`` and ``user_agent``, each ``None`` if it is not known."""
+
+#: Under what the metadata keeps the device of the sign-in and that of the last renewal.
+SIGN_IN = "sign_in"
+LAST_SEEN = "last_seen"
 
 
 class Session(SessionMixin):
@@ -29,11 +36,18 @@ class Session(SessionMixin):
 
     :param manager: the manager of its namespace.
     :param read_token: returns the verified token that the request carries, or ``None``; called at most once.
+    :param describe_device: returns what is to be noted of the device that sends the request; ``None``: nothing is.
     """
 
-    def __init__(self, manager: SessionManager, read_token: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        manager: SessionManager,
+        read_token: Callable[[], str | None],
+        describe_device: Callable[[], DeviceNote] | None = None,
+    ) -> None:
         self._manager = manager
         self._read_token = read_token
+        self._describe_device = describe_device
         self._data: dict[str, Any] | None = None
         self._stored: StoredSession | None = None
         self._closed: StoredSession | None = None
@@ -279,15 +293,16 @@ class Session(SessionMixin):
         elif wanted and self._changed and not data:
             self._delete(self._stored)
         elif wanted and self._cleared:
-            self._adopt(self._manager.restart(self._stored, data, owner or NOBODY))
+            noted = self._noted(owner)
+            self._adopt(self._manager.restart(self._stored, data, owner or NOBODY, metadata=noted))
         elif wanted and owner is not None:
-            self._adopt(self._manager.bind(self._stored, owner))
+            self._adopt(self._manager.bind(self._stored, owner, metadata=self._noted(owner)))
         elif wanted and self._regenerate:
-            self._adopt(self._manager.regenerate(self._stored))
+            self._adopt(self._manager.regenerate(self._stored, metadata=self._noted()))
         elif wanted:
             self._save(self._stored, renewal)
         elif renewal == "yes":
-            self._finish_save(self._manager.renew(self._stored), "renew")
+            self._finish_save(self._manager.renew(self._stored, metadata=self._noted()), "renew")
         self._changed, self._forced, self._cleared, self._regenerate, self._owner = False, None, False, False, None
         self._user_value = self._manager.user_value(data)
 
@@ -297,6 +312,18 @@ class Session(SessionMixin):
         visitor = self._closed is not None and self._closed.end_reason == "regenerated" and self._closed.user_id is None
         return visitor and owner is not None and owner is not NOBODY
 
+    def _noted(self, owner: Owner | None = None) -> Metadata | None:
+        """What to note of the device in the session's metadata, as its *owner* signs in (or out) or without that."""
+        if self._describe_device is None:
+            return None
+        device = self._describe_device()
+        noted: dict[str, JSON] = {LAST_SEEN: device}
+        if owner is not None and owner.user_id is not None:
+            noted[SIGN_IN] = device
+        elif owner is not None and self._stored is not None and not self._cleared:
+            noted[SIGN_IN] = None  # the metadata goes along, and is no longer that of a user
+        return noted
+
     def _drop_changes(self) -> None:
         if self._changed and self._failure is not None:
             raise self._failure
@@ -305,7 +332,8 @@ class Session(SessionMixin):
 
     def _store_new(self, data: dict[str, Any], wanted: bool, owner: Owner) -> None:
         if wanted and (data or owner is not NOBODY):
-            self._adopt(self._manager.create(data, user_id=owner.user_id, tenant_id=owner.tenant_id))
+            noted = self._noted(owner)
+            self._adopt(self._manager.create(data, user_id=owner.user_id, tenant_id=owner.tenant_id, metadata=noted))
         elif self._forced or (wanted and self._changed):
             self._cookie = "delete"
 
@@ -327,7 +355,7 @@ class Session(SessionMixin):
     def _save(self, stored: StoredSession, renewal: Renewal) -> None:
         forced = self._forced is True
         changed = self._changed or forced
-        outcome = self._manager.save(stored, renew=forced or renewal == "yes")
+        outcome = self._manager.save(stored, renew=forced or renewal == "yes", metadata=self._noted())
         self._data = stored.data
         if renewal == "no" and not forced:
             self._finish_save(outcome, "keep")

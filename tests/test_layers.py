@@ -37,6 +37,7 @@ LAYERS = {
     "cli": 4,
     "describe": 4,
     "terminal": 4,
+    "web": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -60,14 +61,16 @@ SIBLINGS = {
     ("cli", "describe"),
     ("cli", "terminal"),
     ("describe", "terminal"),
+    ("web", "extension"),
 }
 DRIVERS = {
     "peewee": {"stores.sql", "stores.databases"},
     "redis": {"stores.redis"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},
+    "ua_parser": {"web.devices"},
 }
-OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "hypothesis", "pytest")
+OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "ua_parser", "hypothesis", "pytest")
 #: Which layers may import what of Flask.
 FLASK_FROM = 2
 
