@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=KINDS, action="append", help="this kind of store; repeatable")
     parser.add_argument("--sessions", type=int, default=100_000, help="expired sessions of a round (100000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each a sweep and as many seconds without (3)")
-    parser.add_argument("--memory", type=int, action="append", metavar="SESSIONS", help="peak memory at so many; repeatable")
+    parser.add_argument("--memory", type=int, action="append", metavar="NUMBER", help="peak memory at so many; repeatable")
     return parser.parse_args()
 
 
@@ -135,19 +135,23 @@ def fill(url: str, number: int, expired: bool) -> list[str]:
 
 
 def _records(like: SessionRecord, number: int, shift: float) -> Iterator[SessionRecord]:
-    """Sessions begun within a day, every second one nobody's, the others of users with three devices each."""
+    """Sessions begun one after the other within a day, whose last requests came within half an hour.
+
+    Every second one is nobody's, the others are those of users with three devices each.
+    """
     chance = random.Random(number)
     for index in range(number):
         user_id = None if index % 2 else f"user {index // 6}"
         token = make_token(shard_of(user_id))
-        began = like.created_at + shift - chance.uniform(0, 86400)
+        began = like.created_at + shift - 86400 * (number - index) / number
+        accessed = began + chance.uniform(0, 1800)
         yield replace(
             like,
             id=session_id(token),
             user_id=user_id,
             created_at=began,
-            accessed_at=began,
-            expires_at=began + 31 * 86400,
+            accessed_at=accessed,
+            expires_at=accessed + 31 * 86400,
         )
 
 
@@ -202,7 +206,7 @@ def stop_requests(requester: Connection) -> Delays:
 
 
 def show_rounds(kind: str, sessions: int, rounds: Sequence[Round]) -> None:
-    print(f"\n{kind}: {sessions:,} expired sessions of 1 kB, {LIVE:,} live ones; milliseconds of a request that changes one")
+    print(f"\n{kind}: {sessions:,} expired sessions of 1 kB, {LIVE:,} live ones; milliseconds of a request that saves")
     print(f"{'':8}{'removed/s':>10}   {'while sweeping':>22}{'p99':>8}{'worst':>8}   {'without':>14}{'p99':>8}{'worst':>8}")
     for number, item in enumerate(rounds, 1):
         figures = [_figures(item.sweeping, 22), _figures(item.quiet, 14)]
