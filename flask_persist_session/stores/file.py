@@ -19,18 +19,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import random
 import secrets
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from typing import NamedTuple
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
-from ..records import SessionQuery, SessionRecord, is_session_id
+from ..records import Deletion, SessionQuery, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
@@ -43,6 +46,9 @@ _SMALLEST_REWRITE = 64 * 1024
 _REWRITE_FACTOR = 8
 #: How much of the end of a file is read at once: most frames fit.
 _TAIL = 8192
+#: So many threads remove files together: freeing the room of one is mostly waiting for the file system.
+_THREADS = 4
+_FEWEST_PER_THREAD = 20
 #: Errors of the disk that pass, at least when somebody makes room or frees a handle.
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 
@@ -132,18 +138,24 @@ class FileStore(SessionStore):
         try:
             handle, size = _lock(path, self._timeout, create=False)
             try:
-                wrong = expected is not None and _end_of_version(handle, size, expected) is None
-                if handle == _NO_FILE or wrong:
+                last = None if handle == _NO_FILE else _last_frame(handle, size)
+                if handle == _NO_FILE or expected not in (None, last and last.version):
                     return False
                 os.unlink(path)
                 with suppress(FileNotFoundError):
                     os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
-                self._unindex(session_id, _last_frame(handle, size))
+                self._unindex(session_id, last)
                 return True
             finally:
                 _unlock(handle)
         except OSError as error:
             raise _failure(error) from error
+
+    def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
+        size = max(_FEWEST_PER_THREAD, math.ceil(len(deletions) / _THREADS))
+        parts = [deletions[start : start + size] for start in range(0, len(deletions), size)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(chain.from_iterable(pool.map(super().delete_many, parts)))
 
     def scan(self) -> Iterator[SessionRecord]:
         for shard in range(SHARDS):

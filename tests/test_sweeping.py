@@ -1,0 +1,192 @@
+"""What a sweep costs, counted, and that requests get their turn while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flask_persist_session import Change, Deletion, SessionManager, SessionQuery, SessionRecord, SessionStore, open_store
+from flask_persist_session.stores import databases, redis
+from flask_persist_session.stores.sql import SQLStore
+from flask_persist_session.testing import following, make_record
+from tests.conftest import Clock
+from tests.counting import CountingStore
+
+_EXPIRED = 1200
+_NOW = 1e6
+
+
+def visitor(number: int) -> SessionRecord:
+    return make_record(number, user_id=None, expires_at=1000.0 + number)
+
+
+def fill(store: SessionStore, count: int = _EXPIRED) -> None:
+    store.save_many([Change(record=visitor(number), expected=0) for number in range(count)])
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[SQLStore]:
+    store = open_store(f"sqlite:///{tmp_path}/s.db")
+    assert isinstance(store, SQLStore)
+    fill(store)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def statements(sqlite: SQLStore) -> list[str]:
+    """What SQLite is told from now on, with the values filled in."""
+    heard: list[str] = []
+    sqlite._database.connection().set_trace_callback(heard.append)
+    return heard
+
+
+def test_a_sweep_asks_once_and_removes_in_batches(store: SessionStore) -> None:
+    """A sweep of 1,200 sessions costs one listing and three removals of up to 500; none looks at a session by itself."""
+    fill(store)
+    counting = CountingStore(store)
+    assert SessionManager(counting, clock=Clock(_NOW)).cleanup().expired == _EXPIRED
+    assert counting.operations == {"find": 1, "delete_many": 3}
+    assert store.count(SessionQuery()) == 0
+
+
+def test_a_sweep_of_nothing_removes_nothing(store: SessionStore) -> None:
+    """Where nothing has expired a sweep writes nothing."""
+    fill(store, 3)
+    counting = CountingStore(store)
+    assert SessionManager(counting, clock=Clock(0.0)).cleanup().removed == 0
+    assert counting.operations == {"find": 1}
+
+
+def test_outcomes_keep_their_places(store: SessionStore) -> None:
+    """Of many deletions each has its outcome in its place, and only the versions that were seen are removed."""
+    fill(store, 600)
+    changed = [following(visitor(number)) for number in range(0, 600, 7)]
+    store.save_many([Change(record=record, expected=1) for record in changed])
+    stay = {record.id for record in changed}
+    ids = [visitor(number).id for number in range(600)]
+    outcomes = store.delete_many([Deletion(id=session_id, expected=1) for session_id in ids])
+    assert outcomes == [session_id not in stay for session_id in ids]
+    assert {record.id for record in store.scan()} == stay
+
+
+# SQLite ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_reads_page_by_page(sqlite: SQLStore, statements: list[str]) -> None:
+    """1,200 sessions are found in 3 pages and removed in 5 transactions."""
+    SessionManager(sqlite, clock=Clock(_NOW)).cleanup()
+    assert sum(statement.startswith("SELECT") for statement in statements) == 3
+    assert sum(statement.startswith("BEGIN IMMEDIATE") for statement in statements) == 5
+    assert sum(statement.startswith("DELETE") for statement in statements) == _EXPIRED
+
+
+def test_each_page_is_a_range_of_the_index(sqlite: SQLStore, statements: list[str]) -> None:
+    """No page looks at what has not expired, nor again at the pages before it."""
+    SessionManager(sqlite, clock=Clock(_NOW)).cleanup(dry_run=True)
+    pages = [statement for statement in statements if statement.startswith("SELECT")]
+    searches = [_plan(sqlite, page) for page in pages]
+    index = "USING INDEX persist_session_web_expiry"
+    assert all(f"{index} (expires_at<?)" in search for search in searches[:1])
+    assert len(searches) == 3
+    assert all(f"{index} (expires_at>? AND expires_at<?)" in search for search in searches[1:])
+
+
+def _plan(store: SQLStore, statement: str) -> str:
+    """How SQLite looks for the rows of a statement."""
+    return str(store._database.connection().execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()[0][3])
+
+
+class FakeTime:
+    """A clock that moves by *step* whenever it is read, and by what is slept."""
+
+    def __init__(self, step: float, sleeping: Callable[[], object]) -> None:
+        self.now, self.step, self.sleeping = 1000.0, step, sleeping
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        self.sleeping()
+
+
+@pytest.mark.parametrize(("held", "pause"), [(0.001, 0.008), (0.03, 0.03)])
+def test_a_writer_gets_its_turn(
+    sqlite: SQLStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: float, pause: float
+) -> None:
+    """Between two transactions of a sweep the lock is free, for as long as it was held and for 8 ms at least."""
+    writer = open_store(f"sqlite:///{tmp_path}/s.db?timeout=0.001")  # one that does not wait: it raises if it is locked
+    live = [make_record(_EXPIRED, user_id=None, expires_at=_NOW * 2)]
+    writer.save(live[0], expected=0)
+
+    def write() -> None:
+        live.append(following(live[-1]))
+        writer.save(live[-1], expected=live[-1].version - 1)
+
+    clock = FakeTime(held, write)
+    monkeypatch.setattr(databases, "time", clock)
+    SessionManager(sqlite, clock=Clock(_NOW)).cleanup()
+    monkeypatch.undo()
+    assert writer.get(live[0].id) == live[-1]
+    assert live[-1].version == 1 + 5
+    # The clock moves once more from the end of a turn to the question how long to wait.
+    assert clock.slept == pytest.approx([0, *[pause - held] * 4])
+    writer.close()
+
+
+# Redis and files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 10**6])
+def test_a_listing_of_redis_in_parts_of_any_size(
+    new_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """However many ids are fetched at once, each session is found once."""
+    monkeypatch.setattr(redis, "_IDS_AT_ONCE", at_once)
+    store = open_store(new_url("redis"))
+    fill(store, 300)
+    assert sorted(record.id for record in store.scan()) == sorted(visitor(number).id for number in range(300))
+    store.close()
+
+
+def test_a_listing_of_redis_holds_few_ids(new_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more sessions there are in a shard, the fewer shards are asked at once, so memory stays the same."""
+    monkeypatch.setattr(redis, "_IDS_AT_ONCE", 8)
+    store: Any = open_store(new_url("redis"))
+    first_of_shards = [make_record(id=f"{shard:03x}" + "0" * 64, user_id=None) for shard in range(1024)]
+    store.save_many([Change(record=record, expected=0) for record in first_of_shards])
+    held: list[int] = []
+    pipeline = store._client.pipeline
+
+    def counted(**options: Any) -> Any:
+        made = pipeline(**options)
+        execute = made.execute
+        made.execute = lambda: held.append(len(made)) or execute()
+        return made
+
+    monkeypatch.setattr(store._client, "pipeline", counted)
+    assert len(list(store._ids("-inf", "+inf"))) == 1024
+    assert max(held) == 8
+    store.close()
+
+
+def test_a_damaged_end_of_a_file_is_of_no_version(tmp_path: Path) -> None:
+    """Where the last save is damaged, the version that is removed is the one that is read."""
+    store = open_store(f"file://{tmp_path}/s")
+    record = make_record(user_id=None)
+    store.save(record, expected=0)
+    store.save(following(record), expected=1)
+    [path] = tmp_path.rglob("*.session")
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    assert store.get(record.id) == record
+    assert store.delete(record.id, expected=2) is False
+    assert store.delete(record.id, expected=1) is True
