@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from threading import Lock
 
 from .config import CapPolicy
-from .exceptions import SessionLimitReached
+from .exceptions import SessionLimitReached, StoreError
 from .records import SessionQuery, SessionRecord
 from .stores.base import SessionStore
+
+log = logging.getLogger("flask_persist_session")
 
 #: Seconds between two counts of a whole store, at least, and as a multiple of the time that a count takes.
 _SHORTEST_PAUSE = 5.0
@@ -62,10 +65,18 @@ class UserCap:
             )
 
     def evict(self, record: SessionRecord) -> None:
-        """With the policy ``evict_oldest``: end what exceeds the cap now that *record* is there."""
-        if self._policy == "evict_oldest":
+        """With the policy ``evict_oldest``: end what exceeds the cap now that *record* is there.
+
+        A store that fails now is logged: the old session has ended already, so an error would sign the user out. The next
+        sign-in ends what is too much.
+        """
+        if self._policy != "evict_oldest":
+            return
+        try:
             for other in self._live(record)[: -self._most]:
                 self._end(other.id, "evicted")
+        except StoreError as error:
+            log.warning("the sessions of a user could not be limited at a sign-in: %s", error)
 
     def _live(self, record: SessionRecord) -> list[SessionRecord]:
         """The active sessions of the user of *record*, oldest first; none if there is no cap or no user."""

@@ -22,6 +22,7 @@ from flask_persist_session import (
     SessionQuery,
     SessionRecord,
     SessionStore,
+    StoreUnavailable,
     open_store,
 )
 from flask_persist_session.stored import NOBODY, Owner
@@ -602,3 +603,21 @@ def test_a_cap_needs_a_store_that_can_list(make_app: MakeApp, setting: str) -> N
     """A cap on a store that cannot list its sessions is refused at the start, naming the setting and the reason."""
     with pytest.raises(ConfigError, match=f"{setting} needs a store that can list its sessions: .*cachelib"):
         make_app(SimpleCache(), **{setting: 2})
+
+
+def test_a_store_that_fails_at_the_limit_signs_nobody_out(store: SessionStore) -> None:
+    """The new session is there already when the others are listed: the sign-in stands, and the next one limits."""
+    manager = SessionManager(store, max_per_user=1)
+    manager.create({"a": 1}, user_id="Ada")
+    visitor, find = manager.create({"a": 2}), store.find
+
+    def fail(query: SessionQuery) -> Iterator[SessionRecord]:
+        store.find = find  # type: ignore[method-assign]
+        raise StoreUnavailable("gone for a moment")
+
+    store.find = fail  # type: ignore[method-assign]
+    bound = manager.bind(visitor, Owner("Ada"))
+    assert bound is not None
+    assert manager.get(bound.id) is not None
+    last = manager.create({"a": 3}, user_id="Ada")
+    assert [record.id for record in manager.find(user_id="Ada", state="active")] == [last.id]
