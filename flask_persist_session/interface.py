@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flask import Flask, Request, Response
 
     from .manager import SessionManager
+    from .stored import Foreign, StoredSession
 
 log = logging.getLogger("flask_persist_session")
 
@@ -37,12 +38,19 @@ class PersistSessionInterface(SessionInterface):
     :param manager: the manager of the application's web sessions.
     :param no_store: add ``Cache-Control: no-store`` to responses that used the session and say nothing else.
     :param on_request: called by each request.
+    :param find_foreign: finds a session of another kind by the cookies of a request that has no token.
     """
 
     def __init__(
-        self, manager: SessionManager, *, no_store: bool = False, on_request: Callable[[], object] | None = None
+        self,
+        manager: SessionManager,
+        *,
+        no_store: bool = False,
+        on_request: Callable[[], object] | None = None,
+        find_foreign: Callable[[list[str]], Foreign | StoredSession | None] | None = None,
     ) -> None:
         self.manager = manager
+        self.find_foreign = find_foreign
         self._on_request = on_request
         self._no_store = no_store
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner] | None = None
@@ -187,6 +195,11 @@ class _Presented:
         """The token, if there is a cookie that this application signed."""
         return self._verified.token if self._verified else None
 
+    def find_foreign(self) -> Foreign | StoredSession | None:
+        """A session of another kind, if there is a cookie that names one."""
+        find = self._interface.find_foreign
+        return find(self._values) if find is not None and self._values else None
+
     def claims_renewal_before(self, moment: float) -> bool:
         """Whether a cookie claims that its session was renewed at *moment* or earlier."""
         return any((time := claimed_time(value)) is not None and time <= moment for value in self._values)
@@ -200,7 +213,7 @@ class _RequestSession(Session):
     """The session of one Flask request."""
 
     def __init__(self, manager: SessionManager, presented: _Presented) -> None:
-        super().__init__(manager, presented.token)
+        super().__init__(manager, presented.token, presented.find_foreign)
         self.presented = presented
         self.failed = False
 

@@ -79,7 +79,9 @@ class Lifetime:
         return replace(record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1)
 
     def is_remembered(self, record: SessionRecord) -> bool:
-        """Whether an ended *record* is still to be known; a cleanup removes it otherwise."""
+        """Whether requests that come with an ended *record* are still to be told."""
+        if record.end_reason == "regenerated" and record.ended_at is not None:
+            return self.clock() < record.ended_at + REGENERATED_GRACE
         return self.clock() < record.expires_at
 
     def _deadline(self, created_at: float) -> float:

@@ -31,8 +31,11 @@ LAYERS = {
     "session": 2,
     "interface": 3,
     "sweeper": 3,
+    "origins": 3,
+    "upgrade": 3,
     "extension": 4,
     "cli": 4,
+    "cli_import": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -50,12 +53,17 @@ SIBLINGS = {
     ("config", "stores"),
     ("stores", "serializers"),
     ("stores", "tokens"),
+    ("upgrade", "origins"),
     ("extension", "cli"),
+    ("extension", "cli_import"),
     ("cli", "extension"),
+    ("cli_import", "cli"),
+    ("cli_import", "extension"),
 }
 DRIVERS = {
-    "peewee": {"stores.sql", "stores.databases"},
-    "redis": {"stores.redis"},
+    "peewee": {"stores.sql", "stores.databases", "origins"},
+    "redis": {"stores.redis", "origins"},
+    "pymemcache": {"origins"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},
 }
