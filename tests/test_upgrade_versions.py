@@ -17,7 +17,12 @@ from tests.servers import RedisServer
 from tests.taken_over import add_views, with_cookie
 
 MakeApp = Callable[..., Flask]
-VERSIONS = ("0.5.0", "0.6.0", "0.7.0", "0.8.0")
+#: Versions, and whether they sign. With its signer 0.5 gives Werkzeug 3 the cookie as bytes, which fails: there is no
+#: such session to come from.
+RUNS = [
+    ("0.5.0", False),
+    *((version, signed) for version in ("0.6.0", "0.7.0", "0.8.0") for signed in (False, True)),
+]
 SCRIPT = Path(__file__).with_name("old_flask_session.py")
 
 
@@ -61,9 +66,8 @@ def settings_and_url(kind: str, tmp_path: Path, server: RedisServer, name: str) 
     return {**settings, "SESSION_KEY_PREFIX": prefix}, f"flask-session+{url}?prefix={prefix}"
 
 
-@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
 @pytest.mark.parametrize("kind", ["redis", "file", "sqlite"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("version", "signed"), RUNS)
 def test_a_user_of_an_older_version_stays_signed_in(
     installed: Callable[[str], Path],
     make_app: MakeApp,
@@ -74,8 +78,6 @@ def test_a_user_of_an_older_version_stays_signed_in(
     signed: bool,
 ) -> None:
     """Pickle until 0.6, MessagePack since 0.7, files always as pickle; with and without a signer."""
-    if version == "0.5.0" and signed:
-        signed = False  # hands Werkzeug 3 its cookie as bytes, which fails: there is no such session to come from
     settings, url = settings_and_url(kind, tmp_path, redis_server, f"{version}{kind}{signed}")
     cookie = sign_in(installed(version), {**settings, "SESSION_USE_SIGNER": signed})
     pickled = kind == "file" or version in ("0.5.0", "0.6.0")
