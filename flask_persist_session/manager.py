@@ -488,14 +488,12 @@ class SessionManager:
         """The payload of *data*. Raises ``SerializationError`` and ``SessionTooLarge`` for what cannot be stored."""
         return self._encode(data)
 
-    def imported(self, session_id: str, data: dict[str, Any], expires_at: float | None) -> SessionRecord:
+    def imported(self, session_id: str, data: dict[str, Any], expires_at: float) -> SessionRecord:
         """A record of a session of another kind, nobody's until its user comes and it is adopted.
 
-        *expires_at*: until when it was valid there, in seconds since the epoch; ``None``: not known. Raises as
-        ``storable`` does.
+        *expires_at*: until when it was valid there, in seconds since the epoch. Raises as ``storable`` does.
         """
-        expiry = self._lifetime.expiry(self.clock(), {}) if expires_at is None else expires_at
-        return self._nobodys(session_id, self.storable(data), expiry, {}, 1)
+        return self._nobodys(session_id, self.storable(data), expires_at, {}, 1)
 
     def end(self, session_id: str, reason: str = "ended") -> bool:
         """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from flask import Flask, session
-from flask.sessions import SecureCookieSessionInterface, TaggedJSONSerializer
+from flask.sessions import SecureCookieSessionInterface
 from flask.testing import FlaskClient
 
-from flask_persist_session import PersistSession, SessionManager
+from flask_persist_session import PersistSession, SessionManager, session_discarded
 from tests.conftest import ALL_STORES, Clock
 from tests.taken_over import SECRET, add_views, cookie_of, with_cookie
 
@@ -178,7 +178,48 @@ def test_a_full_user_is_refused_and_keeps_the_old_session(former: FlaskClient, m
     assert client.get("/me").text == "Ada"
 
 
-def test_the_tagged_json_is_flasks() -> None:
-    """The cookie of this test's application is what Flask writes today."""
-    serializer = SecureCookieSessionInterface().get_signing_serializer(flask_app())
-    assert isinstance(serializer.serializer, TaggedJSONSerializer)  # type: ignore[union-attr]
+def test_a_session_saved_before_its_response_is_taken_over_then(former: FlaskClient, make_ours: MakeApp) -> None:
+    """``session.save()`` takes over at once; what is changed afterwards belongs to the new session."""
+    app = make_ours()
+
+    @app.get("/stream")
+    def stream() -> str:
+        session["size"] = "xl"
+        session.save()  # type: ignore[attr-defined]
+        session["color"] = "blue"
+        return str(session.id)  # type: ignore[attr-defined]
+
+    client = with_cookie(app, cookie_of(former))
+    assert manager_of(app).get(client.get("/stream").text).user_id == "Ada"  # type: ignore[union-attr]
+    assert client.get("/data").json["data"] == {"size": "xl", "color": "blue"}  # type: ignore[index]
+
+
+def test_signing_in_as_another_in_the_first_request(former: FlaskClient, make_ours: MakeApp) -> None:
+    """The session becomes that user's, and the old cookie opens neither."""
+    app, old = make_ours(), cookie_of(former)
+    client = with_cookie(app, old)
+    client.get("/login/Bob")
+    assert client.get("/me").text == "Bob"
+    assert with_cookie(app, old).get("/me").text == "nobody"
+    assert [record.user_id for record in manager_of(app).find(state="active")] == ["Bob"]
+
+
+def test_a_change_that_is_dropped_is_told(former: FlaskClient, make_ours: MakeApp) -> None:
+    """``session_discarded`` is sent for the change of a request that comes during the grace, and for no other."""
+    app, old = make_ours(), cookie_of(former)
+    with_cookie(app, old).get("/me")
+    told: list[str | None] = []
+    with session_discarded.connected_to(lambda sender, event: told.append(event.reason), sender=app):
+        with_cookie(app, old).get("/me")
+        with_cookie(app, old).get("/put/color/red")
+    assert told == ["regenerated"]
+
+
+def test_neither_the_store_nor_the_log_holds_the_cookie(
+    former: FlaskClient, make_ours: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What stands for the old cookie is a hash from which nobody gets back to it."""
+    app, old = make_ours(), cookie_of(former)
+    with_cookie(app, old).get("/me")
+    kept = repr(list(manager_of(app).store.scan())) + caplog.text
+    assert not [part for part in old.split(".") if part and part in kept]
