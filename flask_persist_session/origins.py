@@ -463,8 +463,10 @@ class _Memcached(_FlaskSession):
         from pymemcache import Client, MemcacheError
 
         server = (self._location.url.hostname, self._location.url.port or 11211)
+        waits = {"connect_timeout": self._timeout, "timeout": self._timeout}
         try:
-            with closing(Client(server, connect_timeout=self._timeout, timeout=self._timeout)) as client:
+            # By default it would not wait for the answer to a delete.
+            with closing(Client(server, default_noreply=False, **waits)) as client:
                 return getattr(client, method)(key)
         except (MemcacheError, OSError) as error:
             raise StoreUnavailable(f"{self} cannot be used: {error}") from error

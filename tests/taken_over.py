@@ -160,7 +160,7 @@ def _in_memcached(request: pytest.FixtureRequest, tmp_path: Path, app: Flask) ->
     from pymemcache import Client
 
     server = request.getfixturevalue("memcached_server")
-    client = Client(("127.0.0.1", server.port))
+    client = Client(("127.0.0.1", server.port), default_noreply=False)
     request.addfinalizer(client.close)
     app.config.update(SESSION_TYPE="memcached", SESSION_MEMCACHED=client)
     return f"memcached://127.0.0.1:{server.port}"
