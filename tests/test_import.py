@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore
+from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore, upgrade
 from flask_persist_session.upgrade import Import
-from tests.taken_over import ORIGINS, Former, add_views, cookie_of, former_app, with_cookie
+from tests.taken_over import ORIGINS, SECRET, Former, add_views, cookie_of, former_app, with_cookie
 
 MakeApp = Callable[..., Flask]
 LISTED = tuple(kind for kind in ORIGINS if kind != "memcached")
@@ -140,3 +143,35 @@ def test_an_import_in_code(make_former: Callable[..., Former], make_app: MakeApp
             PersistSession().import_sessions()
         with pytest.raises(UnsupportedByStore, match="as their users come"):
             PersistSession().import_sessions(["flask"])
+
+
+def import_and_die(store: str, url: str) -> None:
+    upgrade._BATCH = 1
+    app = Flask("tested")
+    app.config.update(SECRET_KEY=SECRET, PERSIST_SESSION_STORE=store, PERSIST_SESSION_CLEANUP_INTERVAL=0)
+    sessions = PersistSession(app)
+    done: list[int] = []
+
+    def progress(count: int) -> None:
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with app.app_context():
+        sessions.import_sessions([url], delete=True, progress=progress)
+
+
+def test_an_import_that_is_killed_can_be_repeated(
+    make_former: Callable[..., Former], make_app: MakeApp, shared_url: str
+) -> None:
+    """Killed in the middle while it also deletes, it has lost nobody; the next run brings the others."""
+    former = make_former("redis")
+    names = ["Ada", "Bob", "Eve"]
+    cookies = sign_in(former, *names)
+    worker = multiprocessing.get_context("spawn").Process(target=import_and_die, args=(shared_url, former.url))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    app = add_views(make_app(shared_url, PERSIST_SESSION_UPGRADE_FROM=[former.url]))
+    assert run(app, "--delete") == (0, "imported 1 sessions (0 already there, 0 expired, 0 unreadable)\n")
+    assert [with_cookie(app, cookie).get("/me").text for cookie in cookies] == names
