@@ -436,9 +436,15 @@ class SessionManager:
         valid, and it is forgotten where it was. Raises as ``create`` does; then it is as it was.
         """
         self._store_cap.admit()
-        fresh = self._create(data, owner, {})
-        tombstone = self._tombstone(foreign, "regenerated")
-        if not self._put_in_place(fresh, tombstone, lambda: self._retire(foreign, tombstone)):
+        fresh, in_place = self._create(data, owner, {}), False
+        try:
+            self._user_cap.admit(fresh.record)
+            in_place = self._retire(foreign, "regenerated")
+        finally:
+            if not in_place:
+                with suppress(StoreError):  # nobody has its token, and it expires
+                    self.store.delete(fresh.id)
+        if not in_place:
             return None
         self._announcer.created(fresh.record)
         self._user_cap.evict(fresh.record)
@@ -449,7 +455,7 @@ class SessionManager:
 
         Raises ``StoreError``.
         """
-        return self._retire(foreign, self._tombstone(foreign, "logout"))
+        return self._retire(foreign, "logout")
 
     def _tombstone(self, foreign: Foreign, reason: str) -> SessionRecord:
         # The metadata tells it from that of another request at the same moment.
@@ -476,9 +482,9 @@ class SessionManager:
             version=version,
         )
 
-    def _retire(self, foreign: Foreign, tombstone: SessionRecord) -> bool:
+    def _retire(self, foreign: Foreign, reason: str) -> bool:
         try:
-            self._save_own(tombstone, expected=foreign.version)
+            self._save_own(self._tombstone(foreign, reason), expected=foreign.version)
         except SessionConflict:
             return False
         foreign.forget()
