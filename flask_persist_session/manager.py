@@ -174,9 +174,9 @@ class SessionManager:
         A record that cannot be read is reported (log, ``session_corrupt``) and treated as missing; it stays where it
         is. Raises ``StoreError``.
         """
-        return self.look_up(session_id)[1] if is_session_id(session_id) else None
+        return self.probe(session_id)[1] if is_session_id(session_id) else None
 
-    def look_up(self, session_id: str) -> tuple[bool, StoredSession | None]:
+    def probe(self, session_id: str) -> tuple[bool, StoredSession | None]:
         """Whether there is a record of that id, be it forgotten or unreadable, and what ``load`` makes of it."""
         try:
             record = self.store.get(session_id)

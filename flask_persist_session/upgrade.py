@@ -50,7 +50,7 @@ class TakeOver:
 
     def _open(self, origin: Origin, key: str, read: Read) -> Foreign | StoredSession | None:
         session_id = foreign_id(origin.kind, key)
-        taken, held = self._manager.look_up(session_id)
+        taken, held = self._manager.probe(session_id)
         forget = partial(_forget, origin, key, session_id)
         if held is not None and held.state == "active":
             until, version = held.expires_at, held.version
@@ -146,7 +146,7 @@ class Import:
 
     def _save(self, changes: list[Change]) -> list[bool]:
         if self._dry_run:
-            return [not self._manager.look_up(change.record.id)[0] for change in changes]
+            return [not self._manager.probe(change.record.id)[0] for change in changes]
         return self._manager.store.save_many(changes)
 
 
