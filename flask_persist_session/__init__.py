@@ -49,12 +49,14 @@ from .signals import (
 from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
+from .upgrade import ImportReport
 
 __all__ = [
     "Change",
     "CleanupReport",
     "ConfigError",
     "Deletion",
+    "ImportReport",
     "PersistSession",
     "PersistSessionError",
     "SerializationError",

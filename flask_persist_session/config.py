@@ -61,6 +61,8 @@ class Config:
     """Seconds between two cleanups in the background; 0: none."""
     no_store: bool = False
     """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
+    upgrade_from: tuple[str, ...] = field(default=(), repr=False)
+    """Whose sessions are taken over: ``flask`` for Flask's own cookie, ``flask-session+`` and the URL of its store."""
     enabled: bool = True
     """``False`` leaves the application with Flask's own cookie session."""
 
@@ -167,6 +169,17 @@ def _store(key: str, value: Any) -> Any:
     return value
 
 
+def _origins(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple)) or not all(map(_is_text, value)):
+        # Without the value, which may contain a password.
+        raise ConfigError(f'{key} is not a list of texts; write ["flask"] or ["flask-session+redis://localhost:6379/0"]')
+    return tuple(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(f"{key} is {value!r}; allowed is {allowed}")
 
@@ -186,5 +199,6 @@ _CHECKS = {
     "max_bytes": _size,
     "cleanup_interval": _duration,
     "no_store": _flag,
+    "upgrade_from": _origins,
     "enabled": _flag,
 }

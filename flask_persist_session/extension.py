@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
+from . import cli_import  # noqa: F401  registers its command
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
+from .origins import Origin, open_origin
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
 from .sweeper import Sweeper
+from .upgrade import ImportReport, TakeOver, import_all
 
 _KEY = "persist_session"
 _RETRY_AFTER = 5
@@ -29,6 +33,7 @@ class _State:
     store: SessionStore
     manager: SessionManager
     sweeper: Sweeper | None
+    origins: list[Origin]
 
 
 class PersistSession:
@@ -77,12 +82,14 @@ class PersistSession:
             sender=app,
         )
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
-        app.extensions[_KEY] = _State(config, store, manager, sweeper)
+        origins = _open_origins(app, manager, config.upgrade_from, f"{PREFIX}UPGRADE_FROM")
+        app.extensions[_KEY] = _State(config, store, manager, sweeper, origins)
         app.session_interface = PersistSessionInterface(
             manager,
             no_store=config.no_store,
             track_devices=config.track_devices,
             on_request=sweeper.start if sweeper else None,
+            find_foreign=TakeOver(manager, origins).find if origins else None,
         )
         for kind, handler in ((StoreUnavailable, _answer_unavailable), (SessionLimitReached, _answer_limit)):
             if kind not in app.error_handler_spec[None][None]:
@@ -103,6 +110,29 @@ class PersistSession:
         """The store of the current application's web sessions. Raises as ``manager`` does."""
         return _state().store
 
+    def import_sessions(
+        self,
+        urls: Sequence[str] = (),
+        *,
+        dry_run: bool = False,
+        delete: bool = False,
+        progress: Callable[[int], object] = lambda _done: None,
+    ) -> ImportReport:
+        """Import all sessions of the Flask-Session stores at *urls*, or of those in ``PERSIST_SESSION_UPGRADE_FROM``.
+
+        Each is nobody's until its user comes with the old cookie. *dry_run*: only count. *delete*: remove each where it
+        was, once it is here. *progress* is called with the number of sessions looked at since the last call.
+
+        Raises ``ConfigError`` for a URL that is wrong or if there is none, ``UnsupportedByStore`` for sessions that cannot
+        be listed, ``StoreError``; what was imported until then is kept. Also raises as ``manager`` does.
+        """
+        state = _state()
+        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+        origins = _open_origins(app, state.manager, urls, "import") if urls else state.origins
+        if not origins:
+            raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
+        return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)
+
     @property
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
@@ -117,6 +147,13 @@ def _check_caps(config: Config, store: SessionStore) -> None:
         store.scan()  # nothing is read yet
     except UnsupportedByStore as error:
         raise ConfigError(f"{PREFIX}{cap} needs a store that can list its sessions: {error}") from error
+
+
+def _open_origins(app: Flask, manager: SessionManager, urls: Sequence[str], source: str) -> list[Origin]:
+    try:
+        return [open_origin(app, url, lambda: secret_keys(app), lambda: manager.clock()) for url in urls]
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _state() -> _State:

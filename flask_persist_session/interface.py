@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flask import Flask, Request, Response
 
     from .manager import SessionManager
+    from .stored import Foreign, StoredSession
 
 log = logging.getLogger("flask_persist_session")
 
@@ -41,6 +42,7 @@ class PersistSessionInterface(SessionInterface):
     :param no_store: add ``Cache-Control: no-store`` to responses that used the session and say nothing else.
     :param track_devices: note in the metadata of sessions from which device the requests come.
     :param on_request: called by each request.
+    :param find_foreign: finds a session of another kind by the cookies of a request that has no token.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class PersistSessionInterface(SessionInterface):
         no_store: bool = False,
         track_devices: bool = False,
         on_request: Callable[[], object] | None = None,
+        find_foreign: Callable[[list[str]], Foreign | StoredSession | None] | None = None,
     ) -> None:
         self.manager = manager
+        self.find_foreign = find_foreign
         self._track_devices = track_devices
         self._on_request = on_request
         self._no_store = no_store
@@ -198,6 +202,11 @@ class _Presented:
         """The token, if there is a cookie that this application signed."""
         return self._verified.token if self._verified else None
 
+    def find_foreign(self) -> Foreign | StoredSession | None:
+        """A session of another kind, if there is a cookie that names one."""
+        find = self._interface.find_foreign
+        return find(self._values) if find is not None and self._values else None
+
     def claims_renewal_before(self, moment: float) -> bool:
         """Whether a cookie claims that its session was renewed at *moment* or earlier."""
         return any((time := claimed_time(value)) is not None and time <= moment for value in self._values)
@@ -213,7 +222,7 @@ class _RequestSession(Session):
     def __init__(
         self, manager: SessionManager, presented: _Presented, describe_device: Callable[[], DeviceNote] | None
     ) -> None:
-        super().__init__(manager, presented.token, describe_device)
+        super().__init__(manager, presented.token, describe_device, presented.find_foreign)
         self.presented = presented
         self.failed = False
 

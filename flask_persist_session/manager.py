@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
@@ -25,7 +27,7 @@ from .lifetime import LIFETIME, Lifetime, check_lifetime
 from .lookup import Lookup, SessionDetails
 from .records import JSON, Change, SessionQuery, SessionRecord, State, StoreStats, is_session_id
 from .serializers import Codec, dump_metadata
-from .stored import NOBODY, Owner, StoredSession
+from .stored import NOBODY, Foreign, Owner, StoredSession
 from .stores.base import SessionStore
 
 log = logging.getLogger("flask_persist_session")
@@ -156,13 +158,16 @@ class SessionManager:
             end_reason=None,
             version=1,
         )
+        self._save_own(record, expected=0)
+        return StoredSession(record, data, token=token)
+
+    def _save_own(self, record: SessionRecord, *, expected: int) -> None:
+        """Save what nobody else saves just so: a driver that lost the answer to a save may have sent it once more."""
         try:
-            self.store.save(record, expected=0)
+            self.store.save(record, expected=expected)
         except SessionConflict:
-            # Nobody else has this id: a driver that lost the answer to a save sent it once more.
             if self.store.get(record.id) != record:
                 raise
-        return StoredSession(record, data, token=token)
 
     def load(self, session_id: str) -> StoredSession | None:
         """Return the session in whatever state it is, closed ones without data; ``None`` if there is none.
@@ -172,19 +177,21 @@ class SessionManager:
         A record that cannot be read is reported (log, ``session_corrupt``) and treated as missing; it stays where it
         is. Raises ``StoreError``.
         """
-        if not is_session_id(session_id):
-            return None
+        return self.probe(session_id)[1] if is_session_id(session_id) else None
+
+    def probe(self, session_id: str) -> tuple[bool, StoredSession | None]:
+        """Whether there is a record of that id, be it forgotten or unreadable, and what ``load`` makes of it."""
         try:
             record = self.store.get(session_id)
             if record is None:
-                return None
+                return False, None
             state = self._lifetime.state(record)
             if state == "ended" and not self._lifetime.is_remembered(record):
-                return None
-            return StoredSession(record, self._codec.decode(record.data) if state == "active" else {}, state)
+                return True, None
+            return True, StoredSession(record, self._codec.decode(record.data) if state == "active" else {}, state)
         except SerializationError as error:
             self._report_corrupt(session_id, error)
-            return None
+            return True, None
 
     def get(self, session_id: str) -> StoredSession | None:
         """Return the session if it is active, otherwise ``None``. Raises ``StoreError``."""
@@ -455,6 +462,83 @@ class SessionManager:
                 return "discarded"
             record = current.record
         raise _too_many(record.id, "flushed")
+
+    # Taking over sessions of another kind ----------------------------------------------------------------------------
+
+    def adopt(
+        self, foreign: Foreign, data: dict[str, Any], owner: Owner, *, metadata: Metadata | None = None
+    ) -> StoredSession | None:
+        """Store *data* of a session of another kind as a new session of *owner*; ``None`` if somebody was faster.
+
+        From then on what the foreign session is known by opens nothing any more, for as long as it could be taken for
+        valid, and it is forgotten where it was. Raises as ``create`` does; then it is as it was.
+        """
+        self._store_cap.admit()
+        fresh, in_place = self._create(data, owner, metadata or {}), False
+        try:
+            self._user_cap.admit(fresh.record)
+            in_place = self._retire(foreign, "regenerated")
+        finally:
+            if not in_place:
+                with suppress(StoreError):  # nobody has its token, and it expires
+                    self.store.delete(fresh.id)
+        if not in_place:
+            return None
+        self._announcer.created(fresh.record)
+        self._user_cap.evict(fresh.record)
+        return fresh
+
+    def end_foreign(self, foreign: Foreign) -> bool:
+        """End a session of another kind for good: its user has signed out. ``False`` if somebody was faster.
+
+        Raises ``StoreError``.
+        """
+        return self._retire(foreign, "logout")
+
+    def _tombstone(self, foreign: Foreign, reason: str) -> SessionRecord:
+        # The metadata tells it from that of another request at the same moment.
+        record = self._nobodys(foreign.id, b"", foreign.valid_until, {"by": secrets.token_hex(8)}, foreign.version)
+        ended = self._lifetime.ended(record, reason)
+        return replace(ended, expires_at=max(ended.expires_at, foreign.valid_until))
+
+    def _nobodys(
+        self, session_id: str, payload: bytes, expires_at: float, metadata: Metadata, version: int
+    ) -> SessionRecord:
+        now = self.clock()
+        return SessionRecord(
+            id=session_id,
+            user_id=None,
+            tenant_id=None,
+            tags=frozenset(),
+            metadata=metadata,
+            data=payload,
+            created_at=now,
+            accessed_at=now,
+            expires_at=expires_at,
+            ended_at=None,
+            end_reason=None,
+            version=version,
+        )
+
+    def _retire(self, foreign: Foreign, reason: str) -> bool:
+        try:
+            self._save_own(self._tombstone(foreign, reason), expected=foreign.version)
+        except SessionConflict:
+            return False
+        foreign.forget()
+        return True
+
+    def storable(self, data: dict[str, Any]) -> bytes:
+        """The payload of *data*. Raises ``SerializationError`` and ``SessionTooLarge`` for what cannot be stored."""
+        self.owner_in(data)
+        return self._encode(data)
+
+    def imported(self, session_id: str, data: dict[str, Any], expires_at: float) -> SessionRecord:
+        """A record of a session of another kind, nobody's until its user comes and it is adopted.
+
+        *expires_at*: until when it was valid there, in seconds since the epoch. Raises as ``storable`` does.
+        """
+        return self._nobodys(session_id, self.storable(data), expires_at, {}, 1)
 
     def end(self, session_id: str, reason: str = "ended") -> bool:
         """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.

@@ -251,6 +251,11 @@ def _unpack(packed: bytes | memoryview) -> Any:
     return ormsgpack.unpackb(packed, ext_hook=_load_extension)
 
 
+def unpack_plain(packed: bytes) -> Any:
+    """What MessagePack of others holds, times included. Raises ``ValueError`` for what is none."""
+    return ormsgpack.unpackb(packed, option=ormsgpack.OPT_NON_STR_KEYS | ormsgpack.OPT_DATETIME_AS_TIMESTAMP_EXT)
+
+
 def _load_extension(number: int, packed: bytes) -> Any:
     kind = _BY_NUMBER.get(number)
     if kind is None:

@@ -11,7 +11,7 @@ from flask.sessions import SessionMixin
 from .exceptions import StoreError
 from .manager import Metadata, Outcome, SessionManager
 from .records import JSON
-from .stored import NOBODY, Owner, StoredSession
+from .stored import NOBODY, Foreign, Owner, StoredSession
 from .tokens import session_id
 
 log = logging.getLogger("flask_persist_session")
@@ -37,6 +37,8 @@ class Session(SessionMixin):
     :param manager: the manager of its namespace.
     :param read_token: returns the verified token that the request carries, or ``None``; called at most once.
     :param describe_device: returns what is to be noted of the device that sends the request; ``None``: nothing is.
+    :param find_foreign: called if there is none: returns a session of another kind that the request came with, or one of
+        ours that is closed and stood for such a one, or ``None``.
     """
 
     def __init__(
@@ -44,13 +46,16 @@ class Session(SessionMixin):
         manager: SessionManager,
         read_token: Callable[[], str | None],
         describe_device: Callable[[], DeviceNote] | None = None,
+        find_foreign: Callable[[], Foreign | StoredSession | None] = lambda: None,
     ) -> None:
         self._manager = manager
         self._read_token = read_token
         self._describe_device = describe_device
+        self._find_foreign = find_foreign
         self._data: dict[str, Any] | None = None
         self._stored: StoredSession | None = None
         self._closed: StoredSession | None = None
+        self._foreign: Foreign | None = None  # what the session is to be taken over from
         self._token: str | None = None
         self._cookie: CookieTask = "keep"
         self._changed = False  # a key was set or removed
@@ -76,7 +81,7 @@ class Session(SessionMixin):
         if self._data is None:
             token = self._read_token()
             try:
-                found = None if token is None else self._manager.load(session_id(token))
+                found = self._find_foreign() if token is None else self._manager.load(session_id(token))
             except StoreError as error:
                 # Whoever answers the error may look at the session too, and must not wait for the store again.
                 self._failure, self._data = error, {}
@@ -86,16 +91,19 @@ class Session(SessionMixin):
                 self.renewal_failed = True
                 return self._data
             self._open(found, token)
-            self._data = {} if self._stored is None else self._stored.data
+            origin = self._stored or self._foreign
+            self._data = {} if origin is None else origin.data
         return self._data
 
-    def _open(self, found: StoredSession | None, token: str | None) -> None:
-        if found is None or found.state == "active":
+    def _open(self, found: Foreign | StoredSession | None, token: str | None) -> None:
+        if isinstance(found, Foreign):
+            self._foreign = found  # its user becomes the owner when it is stored, as on signing in
+        elif found is None or found.state == "active":
             self._stored, self._token = found, token
             self._user_value = None if found is None else self._manager.user_value(found.data)
-            return
-        self._closed = found
-        self._frozen = self._manager.is_in_grace(found)
+        else:
+            self._closed = found
+            self._frozen = self._manager.is_in_grace(found)
 
     # The mapping ------------------------------------------------------------------------------------------------------
 
@@ -183,12 +191,14 @@ class Session(SessionMixin):
     def new(self) -> bool:  # type: ignore[override]
         """Whether the request came without a live session."""
         self._load()
-        return self._stored is None
+        return self._stored is None and self._foreign is None
 
     @property
     def user_id(self) -> str | None:
         """The user whose session this is."""
         self._load()
+        if self._foreign is not None:
+            return self._manager.user_value(self._foreign.data)
         return self._stored.user_id if self._stored else None
 
     @property
@@ -288,6 +298,8 @@ class Session(SessionMixin):
         wanted = self._changed or self._exposed or asked if self._forced is None else self._forced
         if self._failure is not None or (self._frozen and not self._signs_in_again(owner)):
             self._drop_changes()
+        elif self._foreign is not None:
+            self._take_over(self._foreign, data, owner or NOBODY)
         elif self._stored is None:
             self._store_new(data, wanted, owner or NOBODY)
         elif wanted and self._changed and not data:
@@ -329,6 +341,16 @@ class Session(SessionMixin):
             raise self._failure
         if self._changed and self._closed is not None:
             self._manager.discard(self._closed.id, self._closed.end_reason)
+
+    def _take_over(self, foreign: Foreign, data: dict[str, Any], owner: Owner) -> None:
+        if data:
+            self._adopt(self._manager.adopt(foreign, data, owner, metadata=self._noted(owner)))
+        else:
+            self._frozen = not self._manager.end_foreign(foreign)
+            self._cookie = "keep" if self._frozen else "delete"
+        if self._frozen and self._changed:
+            self._manager.discard(foreign.id, "regenerated")
+        self._foreign = None
 
     def _store_new(self, data: dict[str, Any], wanted: bool, owner: Owner) -> None:
         if wanted and (data or owner is not NOBODY):

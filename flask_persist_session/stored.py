@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,21 @@ class StoredSession:
     def end_reason(self) -> str | None:
         """Why the session is closed, ``"expired"`` included; ``None`` while it is active."""
         return "expired" if self.state == "expired" else self.record.end_reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """A session of another kind that a request came with, to be taken over when the request ends."""
+
+    id: str
+    """The session id that stands for it here. No token opens it."""
+    data: dict[str, Any] = field(repr=False)
+    valid_until: float
+    """Seconds since the epoch until which the old cookie or record could be taken for valid."""
+    version: int = 0
+    """Of the record that an import left under that id; 0: there is none."""
+    forget: Callable[[], object] = field(repr=False)
+    """Removes it where it was kept until now."""
 
 
 #: What is no id: its text is the same for many users, or another one whenever something in it changes.

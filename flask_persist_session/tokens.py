@@ -45,6 +45,12 @@ def session_id(token: str) -> str:
     return token[:3] + hashlib.sha256(token.encode()).hexdigest()
 
 
+def foreign_id(kind: str, key: str) -> str:
+    """The session id for what another kind of session knows by *key*: always the same one, and no token opens it."""
+    digest = hashlib.sha256(f"{kind}\n{key}".encode("utf-8", "surrogatepass"))
+    return f"{int.from_bytes(digest.digest()[:2], 'big') % SHARDS:03x}{digest.hexdigest()}"
+
+
 class SignedToken(NamedTuple):
     """A token that came with a good signature, and when it was signed, in whole seconds since the epoch."""
 

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_persist_session import PersistSession, SessionStore, open_store
-from tests.servers import PostgreSQLServer, RedisServer
+from tests.servers import MemcachedServer, PostgreSQLServer, RedisServer
 
 #: The stores that several processes can share.
 SHARED_STORES = ("file", "sqlite", "redis", "postgresql")
@@ -42,6 +42,15 @@ def clock() -> Clock:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def memcached_server() -> Iterator[MemcachedServer]:
+    if MemcachedServer.program() is None:
+        pytest.skip("no package of PyPI brings memcached, and there is none on PATH")
+    server = MemcachedServer().start()
     yield server
     server.stop()
 

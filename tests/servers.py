@@ -10,6 +10,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -85,6 +86,44 @@ class RedisServer:
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class MemcachedServer:
+    """A memcached server of our own."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def program() -> str | None:
+        """The server of this machine, if it has one."""
+        return shutil.which("memcached")
+
+    def start(self) -> MemcachedServer:
+        program = self.program()
+        assert program is not None
+        user = ["-u", "nobody"] if os.geteuid() == 0 else []
+        self.process = subprocess.Popen([program, "-l", "127.0.0.1", "-p", str(self.port), "-U", "0", *user])
+        wait_until(self._answers, "the memcached server")
+        return self
+
+    def _answers(self) -> bool:
+        from pymemcache import Client
+
+        assert self.process is not None
+        assert self.process.poll() is None
+        try:
+            with closing(Client(("127.0.0.1", self.port), timeout=1)) as client:
+                return bool(client.stats()[b"pid"] == self.process.pid)
+        except ConnectionRefusedError:
+            return False
+
+    def stop(self) -> None:
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -85,14 +85,15 @@ def open_store(url: str | SessionStore | object, *, namespace: str = "web", base
         return CachelibStore.adapt(url, namespace)
     if not _NAMESPACE.fullmatch(namespace):
         raise ConfigError(f"the namespace {namespace!r} is not made of lower-case letters, digits and underscores")
-    location = _take_apart(url, base_path)
+    location = take_apart(url, base_path)
     module = import_module(f".{_MODULES[location.scheme]}", __name__)
     store = module.open_location(location, namespace)
     assert isinstance(store, SessionStore)
     return store
 
 
-def _take_apart(url: str, base_path: str) -> Location:
+def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODULES)) -> Location:
+    """The parts of a URL of one of *schemes*; messages quote nothing of it that may be secret. Raises ``ConfigError``."""
     try:
         parts = urlsplit(url)
         given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
@@ -103,10 +104,10 @@ def _take_apart(url: str, base_path: str) -> Location:
             f"the store URL {_hidden(url)!r} cannot be read: the port must be a number up to 65535, and characters such "
             "as / # ? @ in a password must be percent-encoded"
         ) from None
-    if parts.scheme not in _MODULES:
-        near = difflib.get_close_matches(parts.scheme, _MODULES, n=1)
+    if parts.scheme not in schemes:
+        near = difflib.get_close_matches(parts.scheme, schemes, n=1)
         hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
-        known = ", ".join(f"{scheme}:" for scheme in _MODULES)
+        known = ", ".join(f"{scheme}:" for scheme in schemes)
         raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; {hint} are {known}")
     options = dict(given)
     if len(options) < len(given):

@@ -68,6 +68,12 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
     ``db``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
     """
+    clients, options = read_location(location, prefix=str)
+    return RedisStore(clients, namespace, prefix=options.get("prefix", "persist"), name=f"the Redis server {location}")
+
+
+def read_location(location: Location, **more: Callable[[str], Any]) -> tuple[ClientPerThread, dict[str, Any]]:
+    """How to reach the server that *location* names, and the options that are read by *more*. Raises ``ConfigError``."""
     if location.scheme == "unix":
         if location.url.netloc.rpartition("@")[2] or not location.url.path.startswith("/"):
             raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
@@ -76,12 +82,12 @@ def open_location(location: Location, namespace: str) -> RedisStore:
     tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if location.scheme == "rediss" else ()
     readers: dict[str, Callable[[str], Any]] = {
         "timeout": seconds,
-        "prefix": str,
         "db": number,
         **dict.fromkeys(tls, str),
     }
-    options = location.read_options(**readers)
-    wait, prefix = options.pop("timeout", 2.0), options.pop("prefix", "persist")
+    given = location.read_options(**readers, **more)
+    options = {name: value for name, value in given.items() if name in readers}
+    wait = options.pop("timeout", 2.0)
 
     def connect() -> redis.Redis:
         return redis.Redis.from_url(
@@ -95,7 +101,7 @@ def open_location(location: Location, namespace: str) -> RedisStore:
             **options,
         )
 
-    return RedisStore(ClientPerThread(connect), namespace, prefix=prefix, name=f"the Redis server {location}")
+    return ClientPerThread(connect), {name: value for name, value in given.items() if name in more}
 
 
 class ClientPerThread:

@@ -1,0 +1,177 @@
+"""``flask sessions import``: all sessions of Flask-Session at once, counted, repeatable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore, upgrade
+from flask_persist_session.upgrade import Import
+from tests.taken_over import ORIGINS, SECRET, Former, add_views, cookie_of, former_app, with_cookie
+
+MakeApp = Callable[..., Flask]
+LISTED = tuple(kind for kind in ORIGINS if kind != "memcached")
+
+
+@pytest.fixture
+def make_former(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Former]:
+    return lambda kind, **settings: former_app(request, tmp_path, kind, **settings)
+
+
+def sign_in(former: Former, *names: str) -> list[str]:
+    """The cookies of users who signed in."""
+    cookies = []
+    for name in names:
+        client = former.app.test_client()
+        client.get(f"/login/{name}")
+        cookies.append(cookie_of(client))
+    return cookies
+
+
+def run(app: Flask, *arguments: str) -> tuple[int, str]:
+    result = app.test_cli_runner().invoke(args=["sessions", "import", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_imported_users_stay_signed_in(make_former: Callable[..., Former], make_app: MakeApp, kind: str) -> None:
+    """Nobody's until their next request, which binds them under a new cookie; the old one opens nothing afterwards."""
+    former = make_former(kind)
+    cookies = sign_in(former, "Ada", "Bob")
+    app = add_views(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]))
+    manager = app.extensions["persist_session"].manager
+    assert run(app) == (0, "imported 2 sessions (0 already there, 0 expired, 0 unreadable)\n")
+    assert [record.user_id for record in manager.find(state="active")] == [None, None]
+    for cookie, name in zip(cookies, ("Ada", "Bob"), strict=True):
+        client = with_cookie(app, cookie)
+        assert [client.get("/me").text for _ in range(2)] == [name, name]
+        assert with_cookie(app, cookie).get("/me").text == "nobody"
+        assert with_cookie(former.app, cookie).get("/me").text == "nobody"
+    assert sorted(record.user_id for record in manager.find(state="active")) == ["Ada", "Bob"]
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_an_import_can_be_repeated(make_former: Callable[..., Former], make_app: MakeApp, kind: str) -> None:
+    """What is there already is counted and left, also what was taken over or signed out meanwhile."""
+    former = make_former(kind)
+    first, _ = sign_in(former, "Ada", "Bob")
+    app = add_views(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]))
+    run(app)
+    sign_in(former, "Eve")
+    assert run(app, "--dry-run") == (0, "would import 1 sessions (2 already there, 0 expired, 0 unreadable)\n")
+    assert run(app) == (0, "imported 1 sessions (2 already there, 0 expired, 0 unreadable)\n")
+    with_cookie(app, first).get("/clear")
+    run(app)
+    assert with_cookie(app, first).get("/me").text == "nobody"
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_delete_removes_what_is_here(make_former: Callable[..., Former], make_app: MakeApp, kind: str) -> None:
+    """With ``--delete`` the old store is empty afterwards, and without it nothing is removed there."""
+    former = make_former(kind)
+    [cookie] = sign_in(former, "Ada")
+    app = add_views(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]))
+    run(app)
+    assert with_cookie(former.app, cookie).get("/me").text == "Ada"
+    assert run(app, "--delete")[0] == 0
+    assert with_cookie(former.app, cookie).get("/me").text == "nobody"
+    assert run(app) == (0, "imported 0 sessions (0 already there, 0 expired, 0 unreadable)\n")
+    assert with_cookie(app, cookie).get("/me").text == "Ada"
+
+
+def test_what_cannot_be_read_is_counted_and_stays(make_former: Callable[..., Former], make_app: MakeApp) -> None:
+    """Also with ``--delete``."""
+    former = make_former("redis")
+    client, prefix = former.app.config["SESSION_REDIS"], former.app.config["SESSION_KEY_PREFIX"]
+    client.set(f"{prefix}bad", b"\xc1")
+    sign_in(former, "Ada")
+    app = make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url])
+    assert run(app, "--delete") == (0, "imported 1 sessions (0 already there, 0 expired, 1 unreadable)\n")
+    assert client.keys(f"{prefix}*") == [f"{prefix}bad".encode()]
+
+
+def test_a_url_can_be_given_instead_of_the_setting(make_former: Callable[..., Former], make_app: MakeApp) -> None:
+    """And repeatedly."""
+    former = make_former("sqlite")
+    sign_in(former, "Ada")
+    assert run(make_app(), "--from", former.url, "--from", former.url)[1].startswith("imported 1 sessions (1 already there")
+
+
+def test_what_cannot_be_listed_says_so(make_app: MakeApp) -> None:
+    """Flask's cookies are in the browsers, and memcached does not list."""
+    for url in "flask", "flask-session+memcached://127.0.0.1":
+        status, output = run(make_app(), "--from", url)
+        assert (status, "cannot be listed" in output) == (1, True)
+    assert run(make_app())[0] == 1
+
+
+def test_an_interrupted_import_says_what_to_do_and_goes_on(
+    make_former: Callable[..., Former], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends with status 130; repeated, it imports the others."""
+    former = make_former("redis")
+    sign_in(former, "Ada", "Bob", "Eve")
+    app = make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url])
+    take = Import._prepare
+
+    def interrupt(self: Import, *arguments: Any) -> Any:
+        monkeypatch.setattr(Import, "_prepare", take)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Import, "_prepare", interrupt)
+    status, output = run(app)
+    assert (status, "Run the command again" in output) == (130, True)
+    assert run(app)[1].startswith("imported 3 sessions")
+
+
+def test_an_import_in_code(make_former: Callable[..., Former], make_app: MakeApp) -> None:
+    """``sessions.import_sessions`` returns the counts and tells its progress."""
+    former = make_former("redis")
+    sign_in(former, "Ada", "Bob")
+    app, steps = make_app(), list[int]()
+    with app.app_context():
+        report = PersistSession().import_sessions([former.url], progress=steps.append)
+        assert (report.imported, report.already_there, sum(steps)) == (2, 0, 2)
+        with pytest.raises(ConfigError, match="UPGRADE_FROM"):
+            PersistSession().import_sessions()
+        with pytest.raises(UnsupportedByStore, match="as their users come"):
+            PersistSession().import_sessions(["flask"])
+
+
+def import_and_die(store: str, url: str) -> None:
+    upgrade._BATCH = 1
+    app = Flask("tested")
+    app.config.update(SECRET_KEY=SECRET, PERSIST_SESSION_STORE=store, PERSIST_SESSION_CLEANUP_INTERVAL=0)
+    sessions = PersistSession(app)
+    done: list[int] = []
+
+    def progress(count: int) -> None:
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with app.app_context():
+        sessions.import_sessions([url], delete=True, progress=progress)
+
+
+def test_an_import_that_is_killed_can_be_repeated(
+    make_former: Callable[..., Former], make_app: MakeApp, shared_url: str
+) -> None:
+    """Killed in the middle while it also deletes, it has lost nobody; the next run brings the others."""
+    former = make_former("redis")
+    names = ["Ada", "Bob", "Eve"]
+    cookies = sign_in(former, *names)
+    worker = multiprocessing.get_context("spawn").Process(target=import_and_die, args=(shared_url, former.url))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    app = add_views(make_app(shared_url, PERSIST_SESSION_UPGRADE_FROM=[former.url]))
+    assert run(app, "--delete") == (0, "imported 1 sessions (0 already there, 0 expired, 0 unreadable)\n")
+    assert [with_cookie(app, cookie).get("/me").text for cookie in cookies] == names
