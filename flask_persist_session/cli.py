@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .exceptions import PersistSessionError, SerializationError, SessionNotFound
 from .records import SessionRecord, State
 
 if TYPE_CHECKING:
+    from .extension import PersistSession
     from .manager import SessionManager
 
 #: So many users a question names.
@@ -223,8 +223,11 @@ def _revoke_user(manager: SessionManager, user: str, tenant: str | None, yes: bo
 def _revoke_all(manager: SessionManager, yes: bool) -> None:
     active = manager.stats().active
     _confirm(f"Revoke {_count(active)}, those of all users and visitors of {current_app.name!r}?", yes)
-    with _progress(active) as advance:
-        ended = manager.revoke_all(on_batch=advance)
+    try:
+        with terminal.progress("revoking", active) as advance:
+            ended = manager.revoke_all(on_batch=advance)
+    except KeyboardInterrupt:
+        raise terminal.Interrupted("interrupted: what was revoked stays so; run it again for the rest") from None
     click.echo(f"revoked {_count(ended)}")
 
 
@@ -252,19 +255,6 @@ def _confirm(question: str, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-def _progress(length: int) -> AbstractContextManager[Callable[[int], object]]:
-    """A bar on a terminal, nothing elsewhere; gives what to call with each number of sessions done."""
-    if not sys.stderr.isatty():
-        return nullcontext(lambda _: None)
-    return _bar(length)
-
-
-@contextmanager
-def _bar(length: int) -> Iterator[Callable[[int], object]]:
-    with click.progressbar(length=length, label="revoking", file=sys.stderr) as bar:
-        yield bar.update
-
-
 def _count(number: int) -> str:
     return f"{number:,} active session{'' if number == 1 else 's'}"
 
@@ -275,10 +265,15 @@ def _owners(records: Iterable[SessionRecord]) -> str:
     return ", ".join(owners[:_NAMED]) + more
 
 
-def _manager() -> SessionManager:
+def extension() -> PersistSession:
+    """The extension, for the application that the command is for."""
     from .extension import PersistSession
 
-    return PersistSession().manager
+    return PersistSession()
+
+
+def _manager() -> SessionManager:
+    return extension().manager
 
 
 def _echo_largest(title: str, counts: Mapping[str, int]) -> None:

@@ -33,6 +33,8 @@ class Config:
 
     store: str | SessionStore | Any = field(default="sqlite:///sessions.db", repr=False)
     """URL of the store, or a ``SessionStore`` or ``cachelib`` cache object."""
+    migrate_from: str | SessionStore | Any | None = field(default=None, repr=False)
+    """The store that was used until now: what is missing in ``store`` is looked for there and moved over."""
     serializer: str = "msgpack"
     """What writes session data: ``msgpack``, ``json`` or ``pickle``. All but ``pickle`` are always read."""
     idle_timeout: float | None = None
@@ -186,6 +188,7 @@ def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
 
 _CHECKS = {
     "store": _store,
+    "migrate_from": _store,
     "serializer": _serializer,
     "idle_timeout": _timeout,
     "absolute_timeout": _timeout,

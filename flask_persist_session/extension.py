@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
-from . import cli_import  # noqa: F401  registers its command
+from . import cli_import, cli_migrate  # noqa: F401  they register their commands
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
+from .migrate import Migration, MigrationReport, move_rest
 from .origins import Origin, open_origin
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
+from .stores.migrating import MigratingStore
 from .sweeper import Sweeper
 from .upgrade import ImportReport, TakeOver, import_all
 
@@ -62,10 +64,9 @@ class PersistSession:
         if not config.enabled:
             return
         secret_keys(app)  # wrong ones are told now
-        try:
-            store = open_store(config.store, base_path=app.instance_path)
-        except ConfigError as error:
-            raise ConfigError(f"{PREFIX}STORE: {error}") from error
+        store = _open(app, config.store, "STORE")
+        if config.migrate_from is not None:
+            store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
         _check_caps(config, store)
         manager = SessionManager(
             store,
@@ -133,10 +134,46 @@ class PersistSession:
             raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
         return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)
 
+    def migrate(self, to: str | SessionStore, *, progress: Callable[[int], object] | None = None) -> MigrationReport:
+        """Copy all sessions to the store *to* (a URL or a store), while the application goes on using its own.
+
+        What is there already is brought up to date; what has ended in either store stays ended. A sample of the copies is
+        compared at the end. *progress* is called with the number of sessions dealt with since the last call. It can be
+        interrupted and repeated. To switch with nobody signed out, set ``PERSIST_SESSION_MIGRATE_FROM``.
+
+        Raises ``ConfigError`` for a URL that is wrong, ``UnsupportedByStore`` where the sessions
+        cannot be listed, ``StoreError``; what was copied until then is kept. Also raises as ``manager`` does.
+        """
+        state = _state()
+        target = _open(current_app, to, "migrate")
+        try:
+            return Migration(state.store, target, lambda: state.manager.clock(), progress).run()
+        finally:
+            if target is not to:
+                target.close()
+
+    def move_rest(self, *, progress: Callable[[int], object] | None = None) -> int:
+        """Move the sessions over that are still in the store that ``PERSIST_SESSION_MIGRATE_FROM`` names; say how many.
+
+        Raises ``ConfigError`` if the setting names none, ``UnsupportedByStore`` where that store cannot list,
+        ``StoreError``; what was moved until then is. Also raises as ``manager`` does.
+        """
+        store = _state().store
+        if not isinstance(store, MigratingStore):
+            raise ConfigError(f"nothing to move from: give a store to copy to, or set {PREFIX}MIGRATE_FROM")
+        return move_rest(store, progress)
+
     @property
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
+
+
+def _open(app: Flask, store: str | SessionStore | object, source: str) -> SessionStore:
+    try:
+        return open_store(store, base_path=app.instance_path)
+    except ConfigError as error:
+        raise ConfigError(f"{PREFIX if source.isupper() else ''}{source}: {error}") from error
 
 
 def _check_caps(config: Config, store: SessionStore) -> None:

@@ -1,4 +1,4 @@
-"""Copies all sessions of one store into another while the application goes on using the first."""
+"""Brings all sessions of one store into another while the application goes on: copies them, or moves the rest over."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import islice
 from .exceptions import SessionConflict
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
+from .stores.migrating import MigratingStore
 
 _BATCH = 200
 #: So many sessions are compared at the end, chosen at random among all.
@@ -128,3 +129,13 @@ def _is_later(record: SessionRecord, than: SessionRecord) -> bool:
 
 def _alike(record: SessionRecord, other: SessionRecord) -> bool:
     return replace(record, version=1) == replace(other, version=1)
+
+
+def move_rest(store: MigratingStore, progress: Callable[[int], object] | None = None) -> int:
+    """Move all sessions over that are still in the old store; see ``PersistSession.move_rest``."""
+    moved = 0
+    for record in store.old.scan():
+        moved += store.move(record.id) is not None
+        if progress is not None:
+            progress(1)
+    return moved

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -13,6 +15,8 @@ from itertools import chain, islice
 from pprint import pformat
 from typing import Any
 from uuid import UUID
+
+import click
 
 from .records import SessionRecord
 
@@ -22,6 +26,26 @@ _UNITS = (("year", 365 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60))
 #: So many rows decide how wide the columns are; more would have to be kept in memory.
 _MEASURED = 500
 _GAP = 2
+
+
+class Interrupted(click.ClickException):
+    """Somebody pressed Ctrl-C; the message says what was done and what to do next."""
+
+    exit_code = 130
+
+
+@contextmanager
+def progress(label: str, length: int | None = None) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere; gives what to call with each number of things done.
+
+    *length* is how many there will be; ``None`` if that is not known.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    things: Any = {"length": length} if length is not None else {"iterable": iter(())}
+    with click.progressbar(label=label, file=sys.stderr, show_pos=True, show_percent=length is not None, **things) as bar:
+        yield bar.update
 
 
 def terminal_width() -> int:

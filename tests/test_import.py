@@ -127,7 +127,7 @@ def test_an_interrupted_import_says_what_to_do_and_goes_on(
 
     monkeypatch.setattr(Import, "_prepare", interrupt)
     status, output = run(app)
-    assert (status, "Run the command again" in output) == (130, True)
+    assert (status, "run it again" in output) == (130, True)
     assert run(app)[1].startswith("imported 3 sessions")
 
 

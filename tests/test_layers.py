@@ -41,6 +41,7 @@ LAYERS = {
     "terminal": 4,
     "web": 4,
     "cli_import": 4,
+    "cli_migrate": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -62,6 +63,10 @@ SIBLINGS = {
     ("upgrade", "origins"),
     ("extension", "cli"),
     ("extension", "cli_import"),
+    ("extension", "cli_migrate"),
+    ("cli_migrate", "cli"),
+    ("cli_migrate", "terminal"),
+    ("cli_import", "terminal"),
     ("cli", "extension"),
     ("cli", "describe"),
     ("cli", "terminal"),

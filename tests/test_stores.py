@@ -845,3 +845,13 @@ def test_unreachable_store_keeps_the_password(scheme: str) -> None:
     with pytest.raises(StoreUnavailable, match=str(port)) as caught:
         store.get(make_record().id)
     assert "geheim" not in str(caught.value)
+
+
+def test_a_file_that_is_just_being_created_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is read between the making of its file and the first write is not taken for damaged."""
+    store, record = open_store(f"file://{tmp_path}/sessions"), make_record()
+    path = tmp_path / "sessions" / "web" / record.id[:3] / f"{record.id}.session"
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    monkeypatch.setattr(time, "sleep", lambda _: store.save(record, expected=0))
+    assert store.get(record.id) == record

@@ -44,6 +44,8 @@ _SUFFIX = ".session"
 #: some fifty appends.
 _SMALLEST_REWRITE = 64 * 1024
 _REWRITE_FACTOR = 8
+#: Seconds for which an empty file may be one that is just being created.
+_BIRTH = 0.25
 #: How much of the end of a file is read at once: most frames fit.
 _TAIL = 8192
 #: So many threads remove files together: freeing the room of one is mostly waiting for the file system.
@@ -484,14 +486,18 @@ def _read(path: str, timeout: float) -> _Frame | None:
 
 def _read_locked(path: str, timeout: float) -> _Frame | None:
     """The same once nobody writes any more: a file without an intact frame may be about to get its first."""
-    handle, size = _lock(path, timeout, create=False)
-    try:
-        frame = None if handle == _NO_FILE else _last_frame(handle, size)
-        if handle != _NO_FILE and frame is None:
+    end = time.monotonic() + _BIRTH
+    while True:
+        handle, size = _lock(path, timeout, create=False)
+        try:
+            frame = None if handle == _NO_FILE else _last_frame(handle, size)
+        finally:
+            _unlock(handle)
+        if frame is not None or handle == _NO_FILE:
+            return frame
+        if size or time.monotonic() > end:
             raise SerializationError(f"the file {path} has no intact frame")
-        return frame
-    finally:
-        _unlock(handle)
+        time.sleep(random.uniform(0, 0.002))  # it was made a moment ago, and its writer has not got the lock yet
 
 
 def _read_range(handle: int, size: int, offset: int) -> bytes:
