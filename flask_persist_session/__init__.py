@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .backup import BackupReport, RestoreReport
 from .cleanup import CleanupReport
 from .exceptions import (
+    BackupError,
     ConfigError,
     PersistSessionError,
     SerializationError,
@@ -20,6 +22,7 @@ from .manager import SessionManager
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
+    BackupCreated,
     SessionBound,
     SessionConflicted,
     SessionCorrupt,
@@ -32,6 +35,7 @@ from .signals import (
     SessionSaved,
     SessionsCleanedUp,
     SessionUnbound,
+    backup_created,
     session_bound,
     session_conflict,
     session_corrupt,
@@ -50,12 +54,16 @@ from .stores import open_store
 from .stores.base import SessionStore
 
 __all__ = [
+    "BackupCreated",
+    "BackupError",
+    "BackupReport",
     "Change",
     "CleanupReport",
     "ConfigError",
     "Deletion",
     "PersistSession",
     "PersistSessionError",
+    "RestoreReport",
     "SerializationError",
     "Session",
     "SessionBound",
@@ -83,6 +91,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredSession",
     "UnsupportedByStore",
+    "backup_created",
     "open_store",
     "session_bound",
     "session_conflict",

@@ -114,6 +114,15 @@ class SessionStore(ABC):
         Raises ``UnsupportedByStore`` at once if the store cannot list; ``StoreUnavailable``, ``StoreError``.
         """
 
+    def snapshot(self) -> Iterator[SessionRecord]:
+        """Yield every record once as ``scan`` does, where the store can all as they were at one moment.
+
+        Others go on reading and writing meanwhile. To be used up or closed: it may hold what it reads from open.
+
+        Raises as ``scan`` does.
+        """
+        return self.scan()
+
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         """Yield the records for which ``query.matches`` is true, in its order, within its offset and limit."""
         matching = (record for record in self.scan() if query.matches(record))

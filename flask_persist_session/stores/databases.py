@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -60,6 +60,19 @@ class PerThread(pw.Database):
         self._own.closer = _Closer(connection)
         return connection
 
+    @contextmanager
+    def streaming(self, statement: str) -> Iterator[Any]:
+        """A cursor over what *statement* finds, fetched as it is asked for and all of one moment; then disconnect."""
+        try:
+            with translated, closing(self._streaming_cursor()) as cursor:
+                cursor.execute(statement)
+                yield cursor
+        finally:
+            self.close()
+
+    def _streaming_cursor(self) -> Any:
+        return self.cursor()  # type: ignore[no-untyped-call]
+
 
 class _SQLite(PerThread, pw.SqliteDatabase):
     def _connect(self) -> Any:
@@ -89,6 +102,11 @@ class _Adapter(pw.Psycopg3Adapter):
 
 class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
     psycopg3_adapter = _Adapter
+
+    def _streaming_cursor(self) -> Any:
+        self.begin()  # outside of a transaction the server would copy all of it first
+        adapter: Any = self._adapter  # type: ignore[attr-defined]
+        return adapter.server_side_cursor(self.connection())  # type: ignore[no-untyped-call]
 
 
 def open_sqlite(location: Location) -> tuple[str, Connect, float]:

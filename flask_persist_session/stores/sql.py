@@ -105,6 +105,16 @@ class SQLStore(SessionStore):
     def scan(self) -> Iterator[SessionRecord]:
         return self.find(SessionQuery())
 
+    def snapshot(self) -> Iterator[SessionRecord]:
+        # A single statement sees the table as it was when it began, and holds up no writer. It runs on a connection of
+        # its own, because others of this thread go on meanwhile.
+        database, model = self._connect(), self._model
+        rows = model.select(*(getattr(model, name) for name in _COLUMNS)).order_by(model.id)
+        statement, _ = rows.bind(database).sql()
+        with self._using(), database.streaming(statement) as cursor:
+            while found := cursor.fetchmany(_PAGE):
+                yield from _readable(found)
+
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         if not can_match(query):
             return iter(())
