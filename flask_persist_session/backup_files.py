@@ -159,6 +159,8 @@ def _archives(directory: str) -> list[tuple[float, int, str]]:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise BackupError(f"the directory of backups {directory} cannot be read: {error.strerror}") from error
     found = []
     for name in names:
         match = _NAME.fullmatch(name)

@@ -14,6 +14,7 @@ from .config import parse_duration
 from .exceptions import PersistSessionError
 
 if TYPE_CHECKING:
+    from .extension import PersistSession
     from .manager import SessionManager
 
 
@@ -53,9 +54,9 @@ def stats(as_json: bool) -> None:
         ("expired", f"{figures.expired:,}"),
         ("ended", f"{figures.ended:,}"),
         ("users", f"{figures.users:,}"),
-        ("size", _size(figures.bytes)),
-        ("oldest", _moment(figures.oldest)),
-        ("newest", _moment(figures.newest)),
+        ("size", describe_size(figures.bytes)),
+        ("oldest", describe_moment(figures.oldest)),
+        ("newest", describe_moment(figures.newest)),
     ):
         click.echo(f"{label:<9} {value:>12}")
 
@@ -76,13 +77,19 @@ def cleanup(dry_run: bool, older_than: float | None) -> None:
     click.echo(f"{verb} {report.removed:,} sessions ({parts})")
 
 
-def _manager() -> SessionManager:
+def extension() -> PersistSession:
+    """The extension, for the current application."""
     from .extension import PersistSession
 
-    return PersistSession().manager
+    return PersistSession()
 
 
-def _size(count: int) -> str:
+def _manager() -> SessionManager:
+    return extension().manager
+
+
+def describe_size(count: int) -> str:
+    """So many bytes in the unit that suits."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
@@ -91,7 +98,8 @@ def _size(count: int) -> str:
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
-def _moment(seconds: float | None) -> str:
+def describe_moment(seconds: float | None) -> str:
+    """A moment in seconds since the epoch as a date in UTC."""
     if seconds is None:
         return "none"
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flask import Flask, Response, current_app
@@ -13,6 +13,7 @@ from .announcer import Announcer
 from .archive import Progress, silent
 from .auto_backup import AutomaticBackup
 from .backup import BackupReport, Managers, RestoreReport, Strategy, back_up, restore
+from .backup_files import BackupFile, backups_in
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable
@@ -167,6 +168,13 @@ class PersistSession:
         )
         state.announcer.backed_up(path=report.path, sessions=report.sessions, size=report.bytes)
         return report
+
+    def backups(self, directory: str | os.PathLike[str] | None = None) -> Iterator[BackupFile]:
+        """Yield each archive of a directory, oldest first, once it is read and verified as a whole.
+
+        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. Raises ``BackupError`` if it cannot be read.
+        """
+        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir)
 
     def restore(
         self,

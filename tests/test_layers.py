@@ -37,6 +37,7 @@ LAYERS = {
     "sweeper": 3,
     "extension": 4,
     "cli": 4,
+    "cli_backup": 4,
     "__init__": 5,
     "testing": 5,
 }
@@ -59,6 +60,8 @@ SIBLINGS = {
     ("stores", "serializers"),
     ("stores", "tokens"),
     ("extension", "cli"),
+    ("extension", "cli_backup"),
+    ("cli_backup", "cli"),
     ("cli", "extension"),
 }
 DRIVERS = {
