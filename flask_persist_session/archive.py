@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from binascii import a2b_base64, b2a_base64
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -137,28 +137,29 @@ class ArchiveWriter:
         self._thread = ThreadPoolExecutor(1, "session-archive")
         self._pending: Future[None] | None = None
         self._members: dict[str, dict[str, Any]] = {}
+        self._namespace = ""
+        self._number = self._size = 0
+        self._lines: list[bytes] = []
 
-    def add_records(self, namespace: str, records: Iterable[SessionRecord]) -> int:
-        """Add records to a namespace; says how many are too large for an archive and were left out."""
-        lines: list[bytes] = []
-        left_out = size = number = 0
-        for record in records:
-            line = dump_record(record)
-            if len(line) > LARGEST_MEMBER:
-                left_out += 1
-                continue
-            if lines and size + len(line) > _MEMBER_BYTES:
-                number += 1
-                self._add(f"{namespace}/records-{number:06}.jsonl", lines)
-                lines, size = [], 0
-            lines.append(line)
-            size += len(line)
-        if lines:
-            self._add(f"{namespace}/records-{number + 1:06}.jsonl", lines)
-        return left_out
+    def start(self, namespace: str) -> None:
+        """What is added from now on belongs to this namespace."""
+        self._flush()
+        self._namespace, self._number = namespace, 0
+
+    def add(self, record: SessionRecord) -> bool:
+        """Add a record, unless it is too large for an archive; say whether it was added."""
+        line = dump_record(record)
+        if len(line) > LARGEST_MEMBER:
+            return False
+        if self._size + len(line) > _MEMBER_BYTES:
+            self._flush()
+        self._lines.append(line)
+        self._size += len(line)
+        return True
 
     def complete(self, **facts: Any) -> None:
         """Write the manifest, of *facts* about the records, and the end of the archive."""
+        self._flush()
         self._wait()
         manifest = Manifest(format=FORMAT, created_at=self._created_at, members=self._members, **facts)
         text = json.dumps(asdict(manifest), indent=1).encode()
@@ -169,9 +170,13 @@ class ArchiveWriter:
         """Wait for what is being written, and end the thread."""
         self._thread.shutdown()
 
-    def _add(self, name: str, lines: list[bytes]) -> None:
-        self._wait()
-        self._pending = self._thread.submit(self._write_member, name, lines)
+    def _flush(self) -> None:
+        if self._lines:
+            self._wait()
+            self._number += 1
+            name = f"{self._namespace}/records-{self._number:06}.jsonl"
+            self._pending = self._thread.submit(self._write_member, name, self._lines)
+            self._lines, self._size = [], 0
 
     def _wait(self) -> None:
         """Wait for the member before, and raise what went wrong with it: there is one at a time in memory."""
@@ -324,28 +329,29 @@ class _Inflated:
 
     def read(self, size: int) -> bytes:
         """Just so many bytes. Raises ``BackupError`` if there are fewer, ``zlib.error`` if it is no gzip."""
+        content = self._read_up_to(size)
+        if len(content) < size:
+            raise BackupError("it is cut off")
+        return content
+
+    def _read_up_to(self, size: int) -> bytes:
         pieces, missing = [], size
-        while missing:
+        while missing and not self._gzip.eof:
             source = self._gzip.unconsumed_tail or self._file.read(_READ_BYTES)
-            piece = self._gzip.decompress(source, missing)
-            if not piece and (not source or self._gzip.eof):
+            pieces.append(self._gzip.decompress(source, missing))
+            missing -= len(pieces[-1])
+            if not source and not pieces[-1]:
                 raise BackupError("it is cut off")
-            pieces.append(piece)
-            missing -= len(piece)
         return b"".join(pieces)
 
     def expect_end(self) -> None:
-        """Raise ``BackupError`` unless the two blocks of zeros come that end a tar, and nothing else."""
-        if self.read(2 * _BLOCK) != bytes(2 * _BLOCK):
+        """Raise ``BackupError`` unless what comes is the end of a tar: two blocks of zeros, and some to fill a record."""
+        most = 2 * _BLOCK + tarfile.RECORDSIZE
+        rest = self._read_up_to(most + 1)  # one byte more, for then the checksum of gzip is read too
+        if len(rest) < 2 * _BLOCK:
+            raise BackupError("it is cut off")
+        if len(rest) > most or rest.strip(b"\0") or self._gzip.unused_data or self._file.read(1):
             raise BackupError("something follows its manifest")
-        while not self._gzip.eof:  # the checksum of gzip is behind the last byte
-            source = self._gzip.unconsumed_tail or self._file.read(_READ_BYTES)
-            if self._gzip.decompress(source, 1):
-                raise BackupError("something follows its manifest")
-            if not source:
-                raise BackupError("it is cut off")
-        if self._gzip.unused_data or self._file.read(1):
-            raise BackupError("something follows its end")
 
 
 def ahead(items: Iterator[_T]) -> Iterator[_T]:

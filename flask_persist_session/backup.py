@@ -140,8 +140,8 @@ class _Backup:
     def write(self, managers: Managers, file: BinaryIO, now: float, filters: Mapping[str, object]) -> None:
         with closing(ArchiveWriter(file, created_at=now)) as archive:
             for namespace, manager in managers.items():
-                self.counts[namespace] = Counter()
-                self.left_out += archive.add_records(namespace, self._chosen(manager, self.counts[namespace]))
+                archive.start(namespace)
+                self.counts[namespace] = self._add_all(archive, manager)
             archive.complete(
                 package=__version__,
                 stores={namespace: type(manager.store).__name__ for namespace, manager in managers.items()},
@@ -149,15 +149,21 @@ class _Backup:
                 counts={namespace: dict(counts) for namespace, counts in self.counts.items()},
             )
 
-    def _chosen(self, manager: SessionManager, counts: Counter[str]) -> Iterator[SessionRecord]:
+    def _add_all(self, archive: ArchiveWriter, manager: SessionManager) -> Counter[str]:
+        counts: Counter[str] = Counter()
         for number, record in enumerate(manager.store.snapshot(), 1):
             if number % _STEP == 0:
                 self._progress(_STEP)
             state = manager.state(record)
-            if (state == "expired" and not self._include_expired) or not (self._everything or self._query.matches(record)):
+            if state == "expired" and not self._include_expired:
                 continue
-            counts[state] += 1
-            yield record
+            if not (self._everything or self._query.matches(record)):
+                continue
+            if archive.add(record):
+                counts[state] += 1
+            else:
+                self.left_out += 1
+        return counts
 
 
 # Restoring ------------------------------------------------------------------------------------------------------------

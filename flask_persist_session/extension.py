@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
+from . import cli_backup  # noqa: F401  registers its commands
 from .announcer import Announcer
 from .archive import Progress, silent
 from .auto_backup import AutomaticBackup
