@@ -102,13 +102,12 @@ def load_record(line: bytes) -> SessionRecord:
     """The record of a line, as the first version of one. Raises ``SerializationError`` for any other line."""
     try:
         fields = json.loads(line)
-        tags, metadata = fields["tags"], fields["metadata"]
         return record_of(
             fields["id"],
             fields["user_id"],
             fields["tenant_id"],
-            _encode(tags) if tags else "",
-            _encode(metadata) if metadata else "",
+            fields["tags"],
+            fields["metadata"],
             a2b_base64(fields["data"]),
             fields["created_at"],
             fields["accessed_at"],
