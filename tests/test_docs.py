@@ -85,6 +85,9 @@ def test_command_is_described(command: click.Command) -> None:
     section = sections("cli.md")[f"`flask sessions {command.name}`"]
     assert command.help
     for option in command.params:
+        if isinstance(option, click.Argument):
+            assert f"`flask sessions {command.name} {option.make_metavar(click.Context(command))}`" in section
+            continue
         assert isinstance(option, click.Option)
         assert option.help
         assert all(re.search(rf"\| `{name}[ `]", section) for name in option.opts)
