@@ -60,6 +60,9 @@ class PerThread(pw.Database):
         self._own.closer = _Closer(connection)
         return connection
 
+    def tidy_up(self) -> None:
+        """Do after many changes what would otherwise be left to the next request."""
+
     @contextmanager
     def streaming(self, statement: str) -> Iterator[Any]:
         """A cursor over what *statement* finds, fetched as it is asked for and all of one moment; then disconnect."""
@@ -74,7 +77,19 @@ class PerThread(pw.Database):
         return self.cursor()  # type: ignore[no-untyped-call]
 
 
+#: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
+_LONGEST_LOG = 4000
+
+
 class _SQLite(PerThread, pw.SqliteDatabase):
+    def tidy_up(self) -> None:
+        # While others write all the time, a log that they can add to is never empty, and grows without end: each page
+        # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
+        run: Any = self.execute_sql
+        _, pages, _ = run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages > _LONGEST_LOG:
+            run("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
     def _connect(self) -> Any:
         connection: Any = super()._connect()
         # By default a damaged text makes the driver fail for the whole statement; so it damages its own record only.
