@@ -209,7 +209,7 @@ class SQLStore(SessionStore):
 
     def _row(self, session_id: str) -> Any:
         with translated:
-            return self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()
+            return self._ready_database().execute_sql(*self._get({"id": session_id})).fetchone()  # type: ignore[no-untyped-call]
 
     # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
     # BEGIN IMMEDIATE, waiting for it within the timeout.
