@@ -59,7 +59,6 @@ class AutomaticBackup(Recurring):
 
     def _back_up(self) -> BackupReport:
         started = time.monotonic()
-        os.makedirs(self._directory, 0o700, exist_ok=True)
         report = back_up(self._managers, os.path.join(self._directory, ""), now=self._leader.clock(), keep=self._keep)
         log.info("backed up %d sessions to %s in %.1f s", report.sessions, report.path, time.monotonic() - started)
         deliver(lambda: self._announcer.backed_up(path=report.path, sessions=report.sessions, size=report.bytes))

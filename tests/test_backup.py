@@ -25,6 +25,7 @@ from flask import Flask, session
 from flask_persist_session import (
     BackupError,
     BackupReport,
+    ConfigError,
     PersistSession,
     RestoreReport,
     SerializationError,
@@ -810,6 +811,20 @@ def test_the_first_request_starts_the_thread(make_app: MakeApp, tmp_path: Path) 
     assert thread.running
     thread.stop()
     assert app.extensions["persist_session"].backup_dir == str(tmp_path / "elsewhere")
+
+
+WRONG = {
+    "BACKUP_DIR": ["", 7, b"backups", "a\0b"],
+    "BACKUP_INTERVAL": [-1, "daily", None, True],
+    "BACKUP_KEEP": [-1, 1.5, "7", None, True],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_wrong_setting_is_told(key: str, value: object, make_app: MakeApp) -> None:
+    """The error names the setting and what is allowed."""
+    with pytest.raises(ConfigError, match=f"^PERSIST_SESSION_{key} is .*; allowed is "):
+        make_app(**{f"PERSIST_SESSION_{key}": value})
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
