@@ -773,7 +773,7 @@ def test_a_backup_is_made_when_it_is_due(automatic: AutomaticBackup, clock: Cloc
 
 
 def test_a_restart_makes_no_other_backup(automatic: AutomaticBackup, manager: SessionManager, tmp_path: Path) -> None:
-    """The newest archive tells when the last backup was, so a new process goes on counting; a broken one is no backup."""
+    """The newest archive tells when the last backup was, so a new process goes on counting."""
     assert automatic.turn() is not None
     assert new_automatic(manager, tmp_path).turn() is None
     [name] = names(tmp_path / "auto")
