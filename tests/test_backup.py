@@ -43,6 +43,7 @@ from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
+from flask_persist_session.stores import redis as redis_module
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
 
@@ -354,6 +355,20 @@ def test_an_unreadable_session_is_not_touched(new_url: Callable[[str], str], clo
     with pytest.raises(SerializationError):
         manager.store.get(broken.id)
     manager.store.close()
+
+
+def test_a_server_that_loses_its_scripts_gets_them_again(
+    new_url: Callable[[str], str], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis server that does not know a script in the middle of a batch saves each of it all the same."""
+    manager = new_manager(clock)
+    fill(manager)
+    path = save_archive(manager, tmp_path).path
+    monkeypatch.setattr(redis_module._SAVE, "sha", "0" * 40)
+    other = new_manager(clock, new_url("redis"))
+    assert counts(load(other, path)) == {"restored": 5}
+    assert contents(other.store) == contents(manager.store)
+    other.store.close()
 
 
 # Archives that are refused --------------------------------------------------------------------------------------------
