@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .backup import BackupReport, RestoreReport
 from .cleanup import CleanupReport
 from .exceptions import (
+    BackupError,
     ConfigError,
     PersistSessionError,
     SerializationError,
@@ -21,6 +23,7 @@ from .manager import SessionManager
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
+    BackupCreated,
     SessionBound,
     SessionConflicted,
     SessionCorrupt,
@@ -33,6 +36,7 @@ from .signals import (
     SessionSaved,
     SessionsCleanedUp,
     SessionUnbound,
+    backup_created,
     session_bound,
     session_conflict,
     session_corrupt,
@@ -52,6 +56,9 @@ from .stores.base import SessionStore
 from .upgrade import ImportReport
 
 __all__ = [
+    "BackupCreated",
+    "BackupError",
+    "BackupReport",
     "Change",
     "CleanupReport",
     "ConfigError",
@@ -59,6 +66,7 @@ __all__ = [
     "ImportReport",
     "PersistSession",
     "PersistSessionError",
+    "RestoreReport",
     "SerializationError",
     "Session",
     "SessionBound",
@@ -87,6 +95,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredSession",
     "UnsupportedByStore",
+    "backup_created",
     "open_store",
     "session_bound",
     "session_conflict",

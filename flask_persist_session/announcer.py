@@ -73,5 +73,9 @@ class Announcer:
         """A cleanup has finished."""
         self._send(signals.sessions_cleaned_up, signals.SessionsCleanedUp(expired=expired, ended=ended, idle=idle))
 
+    def backed_up(self, *, path: str, sessions: int, size: int) -> None:
+        """A backup is in its place."""
+        self._send(signals.backup_created, signals.BackupCreated(path=path, sessions=sessions, bytes=size))
+
     def _send(self, signal: Signal, event: object) -> None:
         signal.send(self._sender, event=event)

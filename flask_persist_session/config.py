@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -61,6 +62,12 @@ class Config:
     """Largest encoded payload of one session, in bytes."""
     cleanup_interval: float = 600.0
     """Seconds between two cleanups in the background; 0: none."""
+    backup_dir: str | None = None
+    """Directory of backups; relative ones start in the instance folder. ``None``: ``backups`` there."""
+    backup_interval: float = 0.0
+    """Seconds between two backups that are made in the background; 0: none."""
+    backup_keep: int = 7
+    """How many archives stay in the directory after a backup in the background; 0: all."""
     no_store: bool = False
     """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
     upgrade_from: tuple[str, ...] = field(default=(), repr=False)
@@ -153,6 +160,15 @@ def _policy(key: str, value: Any) -> CapPolicy:
     return cast(CapPolicy, value)
 
 
+def _directory(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise _wrong(key, value, "the path of a directory, or None")
+    return path
+
+
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(key, value, "True or False (true or false in the environment)")
@@ -201,6 +217,9 @@ _CHECKS = {
     "track_devices": _flag,
     "max_bytes": _size,
     "cleanup_interval": _duration,
+    "backup_dir": _directory,
+    "backup_interval": _duration,
+    "backup_keep": _count,
     "no_store": _flag,
     "upgrade_from": _origins,
     "enabled": _flag,

@@ -51,3 +51,7 @@ class StoreUnavailable(StoreError):
 
 class UnsupportedByStore(StoreError):
     """The store cannot do this; the message says why."""
+
+
+class BackupError(PersistSessionError):
+    """A backup could not be written, or an archive is broken or none; the message names it. Nothing was changed."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
-from . import cli_import, cli_migrate  # noqa: F401  they register their commands
+from . import cli_backup, cli_import, cli_migrate  # noqa: F401  they register their commands
+from .announcer import Announcer
+from .archive import Progress, silent
+from .auto_backup import AutomaticBackup
+from .backup import BackupReport, Managers, RestoreReport, Strategy, back_up, restore
+from .backup_files import BackupFile, backups_in
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
@@ -36,6 +42,20 @@ class _State:
     manager: SessionManager
     sweeper: Sweeper | None
     origins: list[Origin]
+    announcer: Announcer
+    backup_dir: str
+    automatic_backup: AutomaticBackup | None
+
+    @property
+    def managers(self) -> Managers:
+        """The manager of each namespace."""
+        return {"web": self.manager}
+
+    def start_threads(self) -> None:
+        """Start the threads of this process that work in the background. Called by each request."""
+        for thread in self.sweeper, self.automatic_backup:
+            if thread is not None:
+                thread.start()
 
 
 class PersistSession:
@@ -84,12 +104,19 @@ class PersistSession:
         )
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
         origins = _open_origins(app, manager, config.upgrade_from, f"{PREFIX}UPGRADE_FROM")
-        app.extensions[_KEY] = _State(config, store, manager, sweeper, origins)
+        announcer, folder = Announcer(app), os.path.join(app.instance_path, config.backup_dir or "backups")
+        backups = (
+            AutomaticBackup({"web": manager}, announcer, folder, config.backup_interval, config.backup_keep)
+            if config.backup_interval
+            else None
+        )
+        state = _State(config, store, manager, sweeper, origins, announcer, folder, backups)
+        app.extensions[_KEY] = state
         app.session_interface = PersistSessionInterface(
             manager,
             no_store=config.no_store,
             track_devices=config.track_devices,
-            on_request=sweeper.start if sweeper else None,
+            on_request=state.start_threads if sweeper or backups else None,
             find_foreign=TakeOver(manager, origins).find if origins else None,
         )
         for kind, handler in ((StoreUnavailable, _answer_unavailable), (SessionLimitReached, _answer_limit)):
@@ -167,6 +194,85 @@ class PersistSession:
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
+
+    def backup(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        user_id: object = None,
+        tenant_id: object = None,
+        tags: Iterable[str] = (),
+        include_expired: bool = False,
+        keep: int | None = None,
+        progress: Progress = silent,
+    ) -> BackupReport:
+        """Write all sessions, or those of a user, tenant and with all *tags*, to an archive while others go on.
+
+        :param path: a directory, made if it is missing, in which the archive is named after the time; or the archive's
+            own name, which ends in ``.tar.gz`` or ``.tgz`` and must be free. Not given: ``PERSIST_SESSION_BACKUP_DIR``.
+        :param include_expired: also what the next cleanup removes.
+        :param keep: remove all but the newest so many archives of the directory, once the new one is complete.
+        :param progress: is told every now and then how many more sessions were read.
+
+        Sends ``backup_created``. Raises ``BackupError`` if the archive cannot be written, ``UnsupportedByStore`` where
+        the store cannot list, ``StoreError``, ``ValueError`` for a wrong *keep*; then there is no archive.
+        """
+        state = _state()
+        report = back_up(
+            state.managers,
+            os.fspath(path) if path is not None else os.path.join(state.backup_dir, ""),
+            now=state.manager.clock(),
+            user_id=user_id,
+            tenant_id=tenant_id,
+            tags=tags,
+            include_expired=include_expired,
+            keep=keep,
+            progress=progress,
+        )
+        state.announcer.backed_up(path=report.path, sessions=report.sessions, size=report.bytes)
+        return report
+
+    def backups(self, directory: str | os.PathLike[str] | None = None) -> Iterator[BackupFile]:
+        """Yield each archive of a directory, oldest first, once it is read and verified as a whole.
+
+        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. Raises ``BackupError`` if it cannot be read.
+        """
+        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir)
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strategy: Strategy = "skip",
+        dry_run: bool = False,
+        sign_out: bool = False,
+        started: Progress = silent,
+        progress: Progress = silent,
+    ) -> RestoreReport:
+        """Bring back the sessions of an archive, from whichever kind of store it comes, while others go on.
+
+        What has ended in the store since stays ended, and what has expired is not brought back.
+
+        :param strategy: what happens to a session that is there: ``"skip"`` leaves it, ``"overwrite"`` replaces it,
+            ``"newer"`` replaces it if the archive has a later request of it.
+        :param dry_run: change nothing, only count.
+        :param sign_out: restore the data without the user, so that nobody is signed in by it.
+        :param started: is told how many sessions the archive has, once it is verified.
+        :param progress: is told every now and then how many more sessions were looked at.
+
+        A session that cannot be restored is counted with the reason. Raises ``BackupError`` for an archive that is
+        broken, cut off, of a newer release or none, before anything is written; ``StoreError``, after which some of the
+        sessions are restored and a repeat goes on; ``ValueError`` for an unknown strategy.
+        """
+        return restore(
+            _state().managers,
+            os.fspath(path),
+            strategy=strategy,
+            dry_run=dry_run,
+            sign_out=sign_out,
+            started=started,
+            progress=progress,
+        )
 
 
 def _open(app: Flask, store: str | SessionStore | object, source: str) -> SessionStore:

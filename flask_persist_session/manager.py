@@ -714,6 +714,23 @@ class SessionManager:
             ended += saved or self.revoke(record.id)
         return ended
 
+    def state(self, record: SessionRecord) -> State:
+        """How the session of *record* stands now; ``"expired"`` for all that a cleanup would remove."""
+        state = self._lifetime.state(record)
+        return "expired" if state == "ended" and self.clock() >= record.expires_at else state
+
+    def without_user(self, record: SessionRecord) -> SessionRecord:
+        """*record* as that of a visitor: what it keeps stays, but for the value under ``PERSIST_SESSION_USER_KEY``.
+
+        Raises ``SerializationError`` if it cannot be read.
+        """
+        payload = record.data
+        if payload and self._user_key is not None:
+            data = self._codec.decode(payload)
+            if data.pop(self._user_key, None) is not None:
+                payload = self._codec.encode(data)
+        return replace(record, user_id=None, tenant_id=None, data=payload)
+
     def stats(self) -> StoreStats:
         """Figures of all sessions. Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``."""
         return self.store.stats(now=self.clock())

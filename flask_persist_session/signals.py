@@ -49,6 +49,9 @@ session_corrupt = _signals.signal("session-corrupt")
 sessions_cleaned_up = _signals.signal("sessions-cleaned-up")
 """Sent with a ``SessionsCleanedUp``: a cleanup has finished, after the events of what it removed."""
 
+backup_created = _signals.signal("backup-created")
+"""Sent with a ``BackupCreated``: a backup is complete and in its place."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionCreated:
@@ -150,3 +153,12 @@ class SessionsCleanedUp:
     expired: int
     ended: int
     idle: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupCreated:
+    """The archive *path*, of so many *bytes*, was written with so many *sessions*."""
+
+    path: str
+    sessions: int
+    bytes: int

@@ -1,4 +1,4 @@
-"""A background thread that cleans up now and then: one in each process, of which one at a time does the work."""
+"""Background threads, one of a kind in each process, of which one at a time does the work: the cleanup of sessions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -21,18 +22,24 @@ _LEASE = "sweep"
 _LEAP = 300.0
 
 
-class Sweeper:
-    """Runs ``manager.cleanup`` every *interval* seconds, give or take a tenth, in whichever process holds the lease.
+class Recurring(ABC):
+    """A background thread that takes its turn every *interval* seconds, give or take a tenth.
 
-    What goes wrong in a run, receivers of its events included, is logged, and the next run comes all the same.
+    What goes wrong in a turn, receivers of its events included, is logged, and the next turn comes all the same.
     """
 
-    def __init__(self, manager: SessionManager, interval: float) -> None:
-        self._manager = manager
+    #: What the thread is called, and what a failure of it.
+    name: str
+    failure: str
+
+    def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._clocks = self._read_clocks()
         self._reset()
         after_fork(self._reset)
+
+    @abstractmethod
+    def turn(self) -> object:
+        """Do the work once, if this process is the one to do it."""
 
     def _reset(self) -> None:
         self.running = False
@@ -47,7 +54,7 @@ class Sweeper:
             if self.running or self._stopping.is_set():
                 return
             self.running = True
-            threading.Thread(target=self._run, name="session-sweeper", daemon=True).start()
+            threading.Thread(target=self._run, name=self.name, daemon=True).start()
             atexit.register(self.stop)
 
     def stop(self) -> None:
@@ -56,8 +63,23 @@ class Sweeper:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval * random.uniform(0.9, 1.1)):
-            with _Logged("the cleanup of sessions failed; it is tried again"):
-                self.sweep()
+            with _Logged(self.failure):
+                self.turn()
+
+
+class Sweeper(Recurring):
+    """Runs ``manager.cleanup`` every *interval* seconds in whichever process holds the lease."""
+
+    name = "session-sweeper"
+    failure = "the cleanup of sessions failed; it is tried again"
+
+    def __init__(self, manager: SessionManager, interval: float) -> None:
+        super().__init__(interval)
+        self._manager = manager
+        self._clocks = self._read_clocks()
+
+    def turn(self) -> bool:
+        return self.sweep()
 
     def sweep(self) -> bool:
         """Clean up once if this process is the one to do it; say whether it was.
@@ -70,7 +92,7 @@ class Sweeper:
         if self._clock_was_set():
             return False
         started = time.monotonic()
-        report = self._manager.cleanup(deliver=_deliver, stop=self._stopping.is_set)
+        report = self._manager.cleanup(deliver=deliver, stop=self._stopping.is_set)
         log.info(
             "cleaned up sessions in %.1f s: %d expired, %d ended", time.monotonic() - started, report.expired, report.ended
         )
@@ -103,6 +125,7 @@ class _Logged(AbstractContextManager[None]):
         return isinstance(error, Exception)
 
 
-def _deliver(send: Callable[[], object]) -> None:
+def deliver(send: Callable[[], object]) -> None:
+    """Call what sends an event; what its receivers raise is logged."""
     with _Logged("a receiver of a session's event failed"):
         send()

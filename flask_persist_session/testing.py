@@ -684,6 +684,7 @@ class SessionStoreContract:
         query = SessionQuery()
         calls: list[Callable[[], object]] = [
             store.scan,
+            store.snapshot,
             lambda: list(store.find(query)),
             lambda: store.count(query),
             lambda: store.stats(now=0.0),
@@ -699,7 +700,7 @@ class SessionStoreContract:
 
     def test_empty_store(self, listing: SessionStore) -> None:
         """An empty store lists nothing, counts 0 and has statistics of zeros without an oldest or newest."""
-        assert list(listing.scan()) == []
+        assert list(listing.scan()) == list(listing.snapshot()) == []
         assert list(listing.find(SessionQuery(order_by="created_at"))) == []
         assert listing.count(SessionQuery()) == 0
         assert listing.stats(now=0.0) == StoreStats()
@@ -717,17 +718,20 @@ class SessionStoreContract:
             listing.save(record, expected=0)
         changed = following(records[0], data=b"changed")
         listing.save(changed, expected=1)
-        found = sorted(listing.scan(), key=lambda record: record.id)
-        assert found == sorted([changed, *records[1:]], key=lambda record: record.id)
+        for found in listing.scan(), listing.snapshot():
+            assert sorted(found, key=lambda record: record.id) == sorted(
+                [changed, *records[1:]], key=lambda record: record.id
+            )
 
-    def test_scan_while_others_write(self, listing: SessionStore) -> None:
+    @pytest.mark.parametrize("way", ["scan", "snapshot"])
+    def test_scan_while_others_write(self, listing: SessionStore, way: str) -> None:
         """A record that is there all the time is yielded once, however many are saved and deleted during the scan."""
         staying = [make_record(number, user_id=None) for number in range(600)]
         going = [make_record(number, user_id=None) for number in range(1000, 1300)]
         coming = [make_record(number, user_id=None) for number in range(2000, 2300)]
         listing.save_many([Change(record=record, expected=0) for record in [*staying, *going]])
         seen = []
-        for number, record in enumerate(listing.scan()):
+        for number, record in enumerate(getattr(listing, way)()):
             seen.append(record.id)
             if number % 10 == 0 and coming:
                 listing.save(coming.pop(), expected=0)
@@ -744,9 +748,11 @@ class SessionStoreContract:
         records = {record.id: record for record in map(make_record, range(5))}
         for record in records.values():
             listing.save(record, expected=0)
-        given_up = listing.scan()
+        given_up, closed = listing.scan(), listing.snapshot()
         next(given_up)
-        pairs = list(zip(listing.scan(), listing.scan(), strict=True))
+        next(closed)
+        closed.close()  # type: ignore[attr-defined]
+        pairs = list(zip(listing.scan(), listing.snapshot(), strict=True))
         assert {one.id: one for one, _ in pairs} == {other.id: other for _, other in pairs} == records
         assert listing.delete(next(iter(records)))
 

@@ -120,6 +120,15 @@ class SessionStore(ABC):
         Raises ``UnsupportedByStore`` at once if the store cannot list; ``StoreUnavailable``, ``StoreError``.
         """
 
+    def snapshot(self) -> Iterator[SessionRecord]:
+        """Yield every record once as ``scan`` does, where the store can all as they were at one moment.
+
+        Others go on reading and writing meanwhile. To be used up or closed: it may hold what it reads from open.
+
+        Raises as ``scan`` does.
+        """
+        return self.scan()
+
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         """Yield the records for which ``query.matches`` is true, in its order, within its offset and limit."""
         matching = (record for record in self.scan() if query.matches(record))
@@ -219,10 +228,11 @@ def check_save(record: SessionRecord, expected: int) -> None:
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
     if record.version != expected + 1 and (expected or record.version < 1):
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
-    if not all(abs(time) < LAST_MOMENT for time in (record.created_at, record.accessed_at, record.expires_at)):
+    if not (abs(record.created_at) < LAST_MOMENT > abs(record.accessed_at) and abs(record.expires_at) < LAST_MOMENT):
         raise ValueError(f"a time of session {record.id} is no moment up to the year 9000, in seconds since the epoch")
-    for name in ("user_id", "tenant_id", "end_reason"):
-        _check_name(name, getattr(record, name))
+    _check_name("user_id", record.user_id)
+    _check_name("tenant_id", record.tenant_id)
+    _check_name("end_reason", record.end_reason)
     if expected == 0 and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
         raise ValueError(f"session {record.id} is not in the shard of its user, {shard_of(record.user_id)}")
 

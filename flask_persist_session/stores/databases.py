@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -69,6 +69,26 @@ class PerThread(pw.Database):
         """A transaction of many in a row, which let others write in between."""
         return self.atomic()
 
+    def tidy_up(self) -> None:
+        """Do after many changes what would otherwise be left to the next request."""
+
+    @contextmanager
+    def streaming(self, statement: str) -> Iterator[Any]:
+        """A cursor over what *statement* finds, fetched as it is asked for and all of one moment; then disconnect."""
+        try:
+            with translated, closing(self._streaming_cursor()) as cursor:
+                cursor.execute(statement)
+                yield cursor
+        finally:
+            self.close()
+
+    def _streaming_cursor(self) -> Any:
+        return self.cursor()  # type: ignore[no-untyped-call]
+
+
+#: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
+_LONGEST_LOG = 4000
+
 
 class _SQLite(PerThread, pw.SqliteDatabase):
     _others_until = 0.0
@@ -85,6 +105,14 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             # Before the commit: most of what that takes is the checkpoint, during which others may write.
             now = time.monotonic()
             self._others_until = now + max(_LEAST_FOR_OTHERS, now - start)
+
+    def tidy_up(self) -> None:
+        # While others write all the time, a log that they can add to is never empty, and grows without end: each page
+        # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
+        run: Any = self.execute_sql
+        _, pages, _ = run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages > _LONGEST_LOG:
+            run("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
     def _connect(self) -> Any:
         connection: Any = super()._connect()
@@ -113,6 +141,11 @@ class _Adapter(pw.Psycopg3Adapter):
 
 class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
     psycopg3_adapter = _Adapter
+
+    def _streaming_cursor(self) -> Any:
+        self.begin()  # outside of a transaction the server would copy all of it first
+        adapter: Any = self._adapter  # type: ignore[attr-defined]
+        return adapter.server_side_cursor(self.connection())  # type: ignore[no-untyped-call]
 
 
 def open_sqlite(location: Location) -> tuple[str, Connect, float]:

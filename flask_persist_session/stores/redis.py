@@ -337,12 +337,24 @@ class RedisStore(SessionStore):
     def _run_many(self, calls: list[tuple[_Script, tuple[Any, ...]]]) -> list[bool]:
         outcomes: list[bool] = []
         for start in range(0, len(calls), _PAGE):
+            part = calls[start : start + _PAGE]
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
-                for script, arguments in calls[start : start + _PAGE]:
-                    # The text each time: a server that lost its scripts in between would fail half of the calls.
-                    pipeline.execute_command("EVAL", script.text, *arguments)
-                outcomes += [bool(answer) for answer in pipeline.execute()]
+                for number, (script, arguments) in enumerate(part):
+                    # The text comes once, for the server keeps it: it is as long as most records.
+                    known = number and script is part[number - 1][0]
+                    name, source = ("EVALSHA", script.sha) if known else ("EVAL", script.text)
+                    pipeline.execute_command(name, source, *arguments)
+                answers = pipeline.execute(raise_on_error=False)
+                outcomes += [bool(self._settled(*call, answer)) for call, answer in zip(part, answers, strict=True)]
         return outcomes
+
+    def _settled(self, script: _Script, arguments: tuple[Any, ...], answer: Any) -> Any:
+        """The answer to one of many calls, once more if the server, or another node of a cluster, had lost the script."""
+        if isinstance(answer, redis.exceptions.NoScriptError):
+            return self._run(script, arguments)
+        if isinstance(answer, redis.RedisError):
+            raise answer
+        return answer
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

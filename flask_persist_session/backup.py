@@ -1,0 +1,331 @@
+"""Backs up the sessions of live stores into an archive, and restores them from one."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import BinaryIO, Literal, TypeAlias
+
+from .archive import ArchiveWriter, Manifest, Progress, load_record, read_lines, silent, verify
+from .backup_files import drafting, is_archive_name, opened, rotate
+from .exceptions import BackupError, SerializationError, SessionConflict, UnsupportedByStore
+from .manager import SessionManager
+from .records import Change, SessionQuery, SessionRecord
+from .stores.base import check_save
+from .version import __version__
+
+Managers: TypeAlias = Mapping[str, SessionManager]
+Strategy: TypeAlias = Literal["skip", "overwrite", "newer"]
+
+STRATEGIES = ("skip", "overwrite", "newer")
+#: How many records are restored at once. A store that has one lock for all is locked meanwhile, for some 15 ms.
+_BATCH = 400
+#: Seconds from one batch to the next at least, in which the lock is free. Whoever waits for it looks after 1, 3, 8, 18 and
+#: 33 ms, as SQLite does: many short gaps would be missed more often than one that is about as long as it waits between
+#: looks. SQLite empties its log before, which adds some milliseconds.
+_GAP = 0.012
+_STEP = 1000
+_ATTEMPTS = 50
+_REASONS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupReport:
+    """What a backup wrote."""
+
+    path: str
+    created_at: float
+    """Seconds since the epoch at which it began."""
+    bytes: int
+    """Size of the archive."""
+    active: int = 0
+    expired: int = 0
+    """Expired ones, and ended ones whose reason has been kept long enough; only if they were asked for."""
+    ended: int = 0
+    """Ended ones, without data, so that a restore knows of their end."""
+    left_out: int = 0
+    """Sessions too large for an archive, which are missing in it."""
+    removed: tuple[str, ...] = ()
+    """Paths of older archives that made room."""
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions the archive has."""
+        return self.active + self.expired + self.ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """What a restore did, or with *dry_run* would do, with each session of an archive."""
+
+    restored: int = 0
+    """Sessions that were missing and are there again."""
+    overwritten: int = 0
+    """Live ones that were replaced."""
+    skipped: int = 0
+    """Live ones that stayed as they were."""
+    ended: int = 0
+    """Sessions that ended after the backup, and stay so."""
+    expired: int = 0
+    """Sessions whose time was up, in the archive or in the store."""
+    failed: int = 0
+    reasons: tuple[str, ...] = ()
+    """Why sessions failed, of the first ten."""
+    dry_run: bool = False
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions the archive has."""
+        return self.restored + self.overwritten + self.skipped + self.ended + self.expired + self.failed
+
+
+# Backing up -----------------------------------------------------------------------------------------------------------
+
+
+def back_up(
+    managers: Managers,
+    place: str,
+    *,
+    now: float,
+    user_id: object = None,
+    tenant_id: object = None,
+    tags: Iterable[str] = (),
+    include_expired: bool = False,
+    keep: int | None = None,
+    progress: Progress = silent,
+) -> BackupReport:
+    """Write the sessions of *managers*, by namespace, to an archive in the directory *place*, or of that name.
+
+    Of a store that can, it has the sessions of one moment, while others write on. *progress* is told how many more
+    sessions were read. For the rest see ``PersistSession.backup``.
+    """
+    if keep is not None and (keep < 1 or is_archive_name(place)):
+        raise ValueError(f"keep is {keep!r}; allowed is 1 or more, for backups in a directory")
+    query = SessionQuery(
+        user_id=None if user_id is None else str(user_id),
+        tenant_id=None if tenant_id is None else str(tenant_id),
+        tags=frozenset([tags] if isinstance(tags, str) else tags),
+    )
+    filters = {
+        "user_id": query.user_id,
+        "tenant_id": query.tenant_id,
+        "tags": sorted(query.tags),
+        "include_expired": include_expired,
+    }
+    run = _Backup(query, include_expired, progress)
+    try:
+        with drafting(place, now) as draft:
+            run.write(managers, draft.file, now, filters)
+        size = os.path.getsize(draft.path)
+        removed = () if keep is None else rotate(os.path.dirname(draft.path), keep, max(now, _first(managers).clock()))
+    except OSError as error:
+        raise BackupError(f"the backup cannot be written to {place}: {error.strerror or error}") from error
+    total = sum(run.counts.values(), Counter())
+    return BackupReport(path=draft.path, created_at=now, bytes=size, left_out=run.left_out, removed=removed, **dict(total))
+
+
+def _first(managers: Managers) -> SessionManager:
+    return next(iter(managers.values()))
+
+
+class _Backup:
+    def __init__(self, query: SessionQuery, include_expired: bool, progress: Progress) -> None:
+        self._query = query
+        self._everything = query == SessionQuery()
+        self._include_expired = include_expired
+        self._progress = progress
+        self.counts: dict[str, Counter[str]] = {}
+        self.left_out = 0
+
+    def write(self, managers: Managers, file: BinaryIO, now: float, filters: Mapping[str, object]) -> None:
+        with closing(ArchiveWriter(file, created_at=now)) as archive:
+            for namespace, manager in managers.items():
+                archive.start(namespace)
+                self.counts[namespace] = self._add_all(archive, manager)
+            archive.complete(
+                package=__version__,
+                stores={namespace: type(manager.store).__name__ for namespace, manager in managers.items()},
+                filters=filters,
+                counts={namespace: dict(counts) for namespace, counts in self.counts.items()},
+            )
+
+    def _add_all(self, archive: ArchiveWriter, manager: SessionManager) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for number, record in enumerate(manager.store.snapshot(), 1):
+            if number % _STEP == 0:
+                self._progress(_STEP)
+            state = manager.state(record)
+            if state == "expired" and not self._include_expired:
+                continue
+            if not (self._everything or self._query.matches(record)):
+                continue
+            if archive.add(record):
+                counts[state] += 1
+            else:
+                self.left_out += 1
+        return counts
+
+
+# Restoring ------------------------------------------------------------------------------------------------------------
+
+
+def restore(
+    managers: Managers,
+    path: str,
+    *,
+    strategy: Strategy = "skip",
+    dry_run: bool = False,
+    sign_out: bool = False,
+    started: Progress = silent,
+    progress: Progress = silent,
+) -> RestoreReport:
+    """Bring back the sessions of the archive *path*, once the whole of it is verified.
+
+    *started* is told how many sessions the archive has, *progress* how many more were looked at. For the rest see
+    ``PersistSession.restore``.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}; allowed is one of {', '.join(STRATEGIES)}")
+    try:
+        with opened(path) as file:
+            manifest = verify(file)
+            _check_namespaces(manifest, managers)
+            started(manifest.records)
+            file.seek(0)
+            run = _Restore(strategy, dry_run, sign_out)
+            for namespace, lines in read_lines(file, manifest):
+                for batch in _batches(lines):
+                    run.restore(managers[namespace], batch)
+                    progress(len(batch))
+            return run.report()
+    except FileNotFoundError as error:
+        raise BackupError(f"there is no archive {path}") from error
+
+
+def _check_namespaces(manifest: Manifest, managers: Managers) -> None:
+    unknown = [namespace for namespace in manifest.counts if namespace not in managers]
+    if unknown:
+        raise BackupError(f"it has sessions of {', '.join(unknown)}, and this application has only {', '.join(managers)}")
+
+
+def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    source = iter(lines)
+    while batch := list(islice(source, _BATCH)):
+        yield batch
+
+
+class _Restore:
+    """Restores batches of lines and counts what becomes of them."""
+
+    def __init__(self, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
+        self._strategy = strategy
+        self._dry_run = dry_run
+        self._sign_out = sign_out
+        self._counts: Counter[str] = Counter()
+        self._reasons: list[str] = []
+        self._paused_at = -math.inf
+
+    def report(self) -> RestoreReport:
+        return RestoreReport(**self._counts, reasons=tuple(self._reasons), dry_run=self._dry_run)
+
+    def restore(self, manager: SessionManager, lines: list[bytes]) -> None:
+        records = list(self._wanted(manager, lines))
+        if self._dry_run:
+            present = records
+        else:
+            saved = self._create(manager, records)
+            self._counts["restored"] += sum(saved)
+            present = [record for record, was_missing in zip(records, saved, strict=True) if not was_missing]
+        live = _live(manager, present)
+        for record in present:
+            try:
+                self._counts[self._reconcile(manager, record, live.get(record.id))] += 1
+            except (SerializationError, SessionConflict) as error:
+                self._fail(record.id, error)
+
+    def _create(self, manager: SessionManager, records: list[SessionRecord]) -> list[bool]:
+        time.sleep(max(0.0, self._paused_at + _GAP - time.monotonic()))
+        try:
+            return manager.store.save_many([Change(record=record, expected=0) for record in records])
+        finally:
+            self._paused_at = time.monotonic()
+
+    def _wanted(self, manager: SessionManager, lines: list[bytes]) -> Iterator[SessionRecord]:
+        """The records that are to be there again."""
+        for line in lines:
+            try:
+                record = load_record(line)
+                if manager.state(record) == "expired":
+                    self._counts["expired"] += 1
+                    continue
+                if self._sign_out:
+                    record = manager.without_user(record)
+                check_save(record, 0)
+            except (SerializationError, ValueError) as error:
+                self._fail(_id_in(line), error)
+            else:
+                yield record
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._counts["failed"] += 1
+        if len(self._reasons) < _REASONS:
+            self._reasons.append(f"{name}: {error}")
+
+    def _reconcile(self, manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> str:
+        """Settle a record of which the store has, or had, another version; says under which count it falls."""
+        for _ in range(_ATTEMPTS):
+            live = live or manager.store.get(record.id)
+            fate = self._fate(manager, record, live)
+            if fate not in ("restored", "overwritten") or self._dry_run or _put(manager, record, live):
+                return fate
+            live = None
+        raise SessionConflict(f"it was changed by others {_ATTEMPTS} times meanwhile")
+
+    def _fate(self, manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> str:
+        if live is None:
+            return "restored"
+        if live.ended_at is not None:
+            return "ended"
+        if manager.state(live) == "expired":
+            return "expired"
+        if self._strategy == "overwrite" or (self._strategy == "newer" and record.accessed_at > live.accessed_at):
+            return "overwritten"
+        return "skipped"
+
+
+def _live(manager: SessionManager, records: list[SessionRecord]) -> dict[str, SessionRecord]:
+    """What the store has under the ids of *records*, at a time where it can."""
+    if not records:
+        return {}
+    with suppress(UnsupportedByStore):
+        ids = frozenset(record.id for record in records)
+        return {record.id: record for record in manager.store.find(SessionQuery(ids=ids))}
+    return {}
+
+
+def _put(manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> bool:
+    """Store *record* in place of *live*; ``False`` if somebody else was faster."""
+    store = manager.store
+    try:
+        if live is None:
+            store.save(record, expected=0)
+        elif (live.user_id, live.tenant_id, live.created_at) == (record.user_id, record.tenant_id, record.created_at):
+            store.save(replace(record, version=live.version + 1), expected=live.version)
+        elif store.delete(live.id, expected=live.version):  # those never change under one id
+            store.save(record, expected=0)
+        else:
+            return False
+    except SessionConflict:
+        return False
+    return True
+
+
+def _id_in(line: bytes) -> str:
+    """What names a line that is no record."""
+    return f"line {line[:80].decode('utf-8', 'replace')!r}"
