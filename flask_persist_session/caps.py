@@ -10,6 +10,7 @@ from threading import Lock
 
 from .config import CapPolicy
 from .exceptions import SessionLimitReached, StoreError
+from .lifetime import Lifetime
 from .records import SessionQuery, SessionRecord
 from .stores.base import SessionStore
 
@@ -26,39 +27,45 @@ class UserCap:
     Every sign-in stores first and looks then, in an order that is the same for all: the last of many at once sees them
     all, so exactly as many as allowed are left.
 
+    :param lifetime: tells the time and which sessions are active.
     :param most: how many; 0: any number.
     :param policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
     :param end: ends the session of an id for a reason.
+
+    Raises ``UnsupportedByStore`` if there is a cap and the store cannot list.
     """
 
     def __init__(
         self,
         store: SessionStore,
-        clock: Callable[[], float],
+        lifetime: Lifetime,
         end: Callable[[str, str], object],
         *,
         most: int,
         policy: CapPolicy,
     ) -> None:
+        if most:
+            store.scan()  # reads nothing yet, but raises for a store that cannot list
         self._store = store
-        self._clock = clock
+        self._lifetime = lifetime
         self._end = end
         self._most = most
         self._policy = policy
 
     def admit(self, record: SessionRecord, *, replaced: str | None = None) -> None:
-        """With the policy ``reject``: take back *record*, just stored in place of *replaced*, if it exceeds the cap.
+        """With the policy ``reject``: refuse *record*, just stored in place of *replaced*, if it exceeds the cap.
 
-        Raises ``SessionLimitReached`` then. Other sessions beyond the cap were let in by sign-ins at the same moment.
+        Raises ``SessionLimitReached`` then; the caller takes it back. Others beyond the cap that began later are ended:
+        their sign-ins looked before all were there. What was there before stays.
         """
         if self._policy != "reject" or self._most == 0 or record.user_id is None:
             return
-        live = [other.id for other in self._live(record) if other.id != replaced]
+        live = [other for other in self._live(record) if other.id != replaced]
+        age = self._lifetime.seniority
         for surplus in live[self._most :]:
-            if surplus != record.id:
-                self._end(surplus, "rejected")
-        if record.id not in live[: self._most]:  # it may have been rejected by another sign-in already
-            self._store.delete(record.id)
+            if age(surplus) > age(record):
+                self._end(surplus.id, "rejected")
+        if record.id not in {other.id for other in live[: self._most]}:  # another sign-in may have rejected it already
             raise SessionLimitReached(
                 f"the user {record.user_id!r} has {self._most} sessions, and PERSIST_SESSION_MAX_PER_USER "
                 "allows no more; end one of them first"
@@ -82,9 +89,10 @@ class UserCap:
         """The active sessions of the user of *record*, oldest first; none if there is no cap or no user."""
         if self._most == 0 or record.user_id is None:
             return []
-        query = SessionQuery(user_id=record.user_id, state="active", now=self._clock())
-        live = [other for other in self._store.find(query) if other.tenant_id == record.tenant_id]
-        return sorted(live, key=lambda other: (other.created_at, other.id))
+        query = SessionQuery(user_id=record.user_id, state="active", now=self._lifetime.clock())
+        found = (other for other in self._store.find(query) if other.tenant_id == record.tenant_id)
+        live = [other for other in found if self._lifetime.state(other) == "active"]
+        return sorted(live, key=self._lifetime.seniority)
 
 
 class StoreCap:
@@ -96,6 +104,8 @@ class StoreCap:
     """
 
     def __init__(self, store: SessionStore, clock: Callable[[], float], *, most: int) -> None:
+        if most:
+            store.scan()  # reads nothing yet, but raises for a store that cannot list
         self._store = store
         self._clock = clock
         self._most = most
@@ -105,7 +115,7 @@ class StoreCap:
         self._counting = Lock()
 
     def admit(self) -> None:
-        """Note that a session is about to be created. Raises ``SessionLimitReached`` if the store is full."""
+        """Raises ``SessionLimitReached`` if the store is full, for a session that is about to be created."""
         if self._most == 0:
             return
         # Also when the clock was set back. Whoever meets another thread counting goes by what is known.
@@ -120,6 +130,9 @@ class StoreCap:
                 "clean up, or allow more",
                 scope="store",
             )
+
+    def count(self) -> None:
+        """Note that a session was created."""
         self._known += 1
 
     def _count(self) -> None:

@@ -126,16 +126,15 @@ class PersistSessionInterface(SessionInterface):
     def _renewal(self, app: Flask, session: _RequestSession) -> Renewal:
         """Whether the last renewal is longer ago than the interval; without any check while the cookie denies it."""
         now = self.manager.clock()
-        latest = now - self.manager.renew_interval
         if now < self._no_renewal_before:
             return "no"
         if not session.loaded:  # then the cookie has not been verified either
-            if not session.presented.claims_renewal_before(latest):
+            if not session.presented.claims_to_be_due():
                 return "no"
             token = session.presented.token()
             if token is None or session_id(token) in self._dead:
                 return "no"
-        if not session.presented.renewed_before(latest):
+        if not session.presented.is_due():
             return "no"
         return "yes" if app.config["SESSION_REFRESH_EACH_REQUEST"] else "if changed"
 
@@ -207,13 +206,14 @@ class _Presented:
         find = self._interface.find_foreign
         return find(self._values) if find is not None and self._values else None
 
-    def claims_renewal_before(self, moment: float) -> bool:
-        """Whether a cookie claims that its session was renewed at *moment* or earlier."""
-        return any((time := claimed_time(value)) is not None and time <= moment for value in self._values)
+    def claims_to_be_due(self) -> bool:
+        """Whether a cookie claims that its session is to be renewed."""
+        is_due = self._interface.manager.is_due
+        return any((time := claimed_time(value)) is not None and is_due(time) for value in self._values)
 
-    def renewed_before(self, moment: float) -> bool:
-        """Whether the session was renewed at *moment* or earlier."""
-        return self._verified is not None and self._verified.signed_at <= moment
+    def is_due(self) -> bool:
+        """Whether the session is to be renewed."""
+        return self._verified is not None and self._interface.manager.is_due(self._verified.signed_at)
 
 
 class _RequestSession(Session):

@@ -11,6 +11,8 @@ from .records import JSON, SessionRecord, State
 
 #: Seconds for which requests that were under way when their session was regenerated or signed out store nothing.
 GRACE = 30.0
+#: Why a session ended whose user went on, or away, without it.
+_LEFT = ("regenerated", "logout")
 #: A record whose last request lies so many seconds in the future was written by a clock that was wrong.
 _CLOCK_SLACK = 3600.0
 #: Where the metadata keeps a session's own idle timeout, in seconds.
@@ -49,6 +51,14 @@ class Lifetime:
         lifetime = float(own) if isinstance(own, (int, float)) else self.idle_timeout()
         return min(self.clock() + lifetime + self.renew_interval, self._deadline(created_at))
 
+    def is_due(self, renewed_at: float) -> bool:
+        """Whether a session that was renewed then is to be renewed by a request now.
+
+        Also if that lies in the future: the clock was wrong then, and what it wrote must not last for ever.
+        """
+        age = self.clock() - renewed_at
+        return age >= self.renew_interval or age < -_CLOCK_SLACK
+
     def is_fresh(self, record: SessionRecord) -> bool:
         """Whether *record* was renewed less than an interval ago."""
         return not self._is_ahead(record) and (
@@ -84,7 +94,7 @@ class Lifetime:
         So whoever comes with it can be told why, and neither a request under way nor an older backup brings it back.
         """
         now = self.clock()
-        keep = max(self.keep_ended, GRACE) if reason == "regenerated" else self.keep_ended
+        keep = max(self.keep_ended, GRACE) if reason in _LEFT else self.keep_ended
         closed = replace(
             record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1
         )
@@ -100,8 +110,17 @@ class Lifetime:
         The user has a new token, or has signed out: such a request must not start another session, whose cookie would
         replace or follow that of the user's last request.
         """
-        left = record.end_reason in ("regenerated", "logout") and record.ended_at is not None
+        left = record.end_reason in _LEFT and record.ended_at is not None
         return left and self.clock() < (record.ended_at or 0.0) + GRACE
+
+    def seniority(self, record: SessionRecord) -> tuple[float, str]:
+        """Orders the sessions of a user, the oldest first. One of a clock that was ahead is not the newest for long."""
+        ahead = record.created_at - self.clock() > _CLOCK_SLACK
+        return -math.inf if ahead else record.created_at, record.id
+
+    def active_since(self) -> float | None:
+        """Sessions that began earlier have reached the absolute timeout, in seconds since the epoch."""
+        return None if self.absolute_timeout is None else math.nextafter(self.clock() - self.absolute_timeout, math.inf)
 
     def _deadline(self, created_at: float) -> float:
         return math.inf if self.absolute_timeout is None else created_at + self.absolute_timeout
@@ -110,8 +129,7 @@ class Lifetime:
         return record.accessed_at - self.clock() > _CLOCK_SLACK
 
 
-def check_lifetime(seconds: float) -> float:
-    """*seconds*, if a session can live so long. Raises ``ValueError`` otherwise."""
-    if not 0 < seconds <= LONGEST:
+def check_lifetime(seconds: object) -> None:
+    """Raises ``ValueError`` if a session cannot live for so many seconds."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST:
         raise ValueError(f"a lifetime of {seconds!r} seconds is not possible; allowed is more than 0, up to 100 years")
-    return float(seconds)

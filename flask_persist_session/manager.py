@@ -11,7 +11,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -89,7 +89,7 @@ class SessionManager:
             renew_interval=renew_interval,
             keep_ended=keep_ended,
         )
-        self._user_cap = UserCap(store, lambda: self.clock(), self._end, most=max_per_user, policy=cap_policy)
+        self._user_cap = UserCap(store, self._lifetime, self._end, most=max_per_user, policy=cap_policy)
         self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
         self._lookup = Lookup(store, self._codec, self._lifetime)
 
@@ -97,6 +97,10 @@ class SessionManager:
     def renew_interval(self) -> float:
         """Seconds between two renewals of a session."""
         return self._lifetime.renew_interval
+
+    def is_due(self, renewed_at: float) -> bool:
+        """Whether a session that was renewed then (seconds since the epoch) is to be renewed by a request now."""
+        return self._lifetime.is_due(renewed_at)
 
     # Creating and loading ---------------------------------------------------------------------------------------------
 
@@ -121,17 +125,29 @@ class SessionManager:
         """
         described = dict(metadata or {})
         if lifetime is not None:
-            described[LIFETIME] = check_lifetime(lifetime)
+            described[LIFETIME] = lifetime
         labels = [tags] if isinstance(tags, str) else list(tags)
         if isinstance(tags, str) or not all(isinstance(tag, str) for tag in labels):
             raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
-        owner = Owner(None if user_id is None else str(user_id), None if tenant_id is None else str(tenant_id))
+        owner = Owner.of(user_id, tenant_id) if user_id is not None else Owner.within(tenant_id)
         self._store_cap.admit()
         created = self._create({} if data is None else data, owner, described, frozenset(labels))
-        self._user_cap.admit(created.record)
+        self._store_cap.count()
+        with self._taken_back(created):
+            self._user_cap.admit(created.record)
         self._announcer.created(created.record)
         self._user_cap.evict(created.record)
         return created
+
+    @contextmanager
+    def _taken_back(self, new: StoredSession) -> Iterator[None]:
+        """Delete *new*, whose token nobody has yet, if what follows raises."""
+        try:
+            yield
+        except BaseException:
+            with suppress(StoreError):  # it expires
+                self.store.delete(new.id)
+            raise
 
     def _create(
         self,
@@ -142,6 +158,8 @@ class SessionManager:
         created_at: float | None = None,
     ) -> StoredSession:
         dump_metadata(metadata)
+        if LIFETIME in metadata:
+            check_lifetime(metadata[LIFETIME])
         token, now = tokens.make_token(tokens.shard_of(owner.user_id)), self.clock()
         began = now if created_at is None else created_at
         record = SessionRecord(
@@ -366,33 +384,36 @@ class SessionManager:
     ) -> StoredSession | None:
         before = session.record
         moved = self._create(session.data, owner, {**before.metadata, **metadata}, before.tags, created_at)
-        ending = self._put_in_place(moved, before, lambda: self._end_moved(before, moved), owner)
+        # A session that goes on as the same user's takes nobody's place.
+        signs_in = owner != Owner(before.user_id, before.tenant_id)
+        ending = self._put_in_place(moved, before, lambda: self._end_moved(before, moved), signs_in)
         if ending is None:
             return None
         if ending == "ended":
             self._announcer.moved(before, moved.record)
         else:
             self._announcer.created(moved.record)
-        self._user_cap.evict(moved.record)
+        if signs_in:
+            self._user_cap.evict(moved.record)
         return moved
 
     def _put_in_place(
-        self, new: StoredSession, old: SessionRecord, end_old: Callable[[], bool], owner: Owner
+        self, new: StoredSession, old: SessionRecord, end_old: Callable[[], bool], signs_in: bool
     ) -> Literal["ended", "sent twice"] | None:
         """End the old session now that *new* is stored; take *new* back if that cannot be (``None``).
 
-        In this order whoever fails between the two steps leaves the old session as it was. A sign-in whose form was sent
+        In this order whoever fails before the old session has ended leaves it as it was. A sign-in whose form was sent
         twice goes on beside the one that was faster: nobody knows which of the two answers the browser takes.
         """
-        ending: Literal["ended", "sent twice"] | None = None
-        try:
-            self._user_cap.admit(new.record, replaced=old.id)
-            ending = "ended" if end_old() else "sent twice" if self._is_sent_twice(old, owner) else None
-        finally:
-            if ending is None:
-                with suppress(StoreError):  # nobody has its token, and it expires
-                    self.store.delete(new.id)
-        return ending
+        with self._taken_back(new):
+            if signs_in:
+                self._user_cap.admit(new.record, replaced=old.id)
+            if end_old():
+                return "ended"
+            if self._is_sent_twice(old, new.record):
+                return "sent twice"
+            self.store.delete(new.id)
+            return None
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
         """End the old session of *moved*, taking along what was changed there; ``False`` if it ended by other means."""
@@ -425,13 +446,13 @@ class SessionManager:
         ``create`` does; then the old session is as it was.
         """
         fresh = self._create(data, owner, metadata or {})
-        if not self._put_in_place(fresh, session.record, lambda: self._end(session.id, "regenerated"), owner):
+        if not self._put_in_place(fresh, session.record, lambda: self._end(session.id, "regenerated"), True):
             return None
         self._announcer.created(fresh.record)
         self._user_cap.evict(fresh.record)
         return fresh
 
-    def _is_sent_twice(self, old: SessionRecord, owner: Owner) -> bool:
+    def _is_sent_twice(self, old: SessionRecord, new: SessionRecord) -> bool:
         """Whether this is a sign-in, and another one has just moved the same session on.
 
         Otherwise the session has ended or moved on without this request, whose change is dropped: a slow one must not
@@ -439,7 +460,8 @@ class SessionManager:
         """
         closed = self.load(old.id)
         reason = closed.end_reason if closed else None
-        if reason == "regenerated" and owner not in (NOBODY, Owner(old.user_id, old.tenant_id)):
+        # A user's session may have moved on because its user signed out, and a visitor's only by signing in.
+        if reason == "regenerated" and old.user_id is None and new.user_id is not None:
             return True
         self.discard(old.id, reason)
         return False
@@ -474,16 +496,13 @@ class SessionManager:
         valid, and it is forgotten where it was. Raises as ``create`` does; then it is as it was.
         """
         self._store_cap.admit()
-        fresh, in_place = self._create(data, owner, metadata or {}), False
-        try:
+        fresh = self._create(data, owner, metadata or {})
+        self._store_cap.count()
+        with self._taken_back(fresh):
             self._user_cap.admit(fresh.record)
-            in_place = self._retire(foreign, "regenerated")
-        finally:
-            if not in_place:
-                with suppress(StoreError):  # nobody has its token, and it expires
-                    self.store.delete(fresh.id)
-        if not in_place:
-            return None
+            if not self._retire(foreign, "regenerated"):
+                self.store.delete(fresh.id)
+                return None
         self._announcer.created(fresh.record)
         self._user_cap.evict(fresh.record)
         return fresh
@@ -557,19 +576,24 @@ class SessionManager:
             except SerializationError as error:
                 self._report_corrupt(session_id, error)
                 return False
-            if record is None or self._lifetime.state(record) != "active":
+            if record is None or record.ended_at is not None:
+                return False
+            # One that has expired ends too: the clock may be wrong, and set right later.
+            active = self._lifetime.state(record) == "active"
+            if reason == "regenerated" and not active:
                 return False
             try:
                 self._close(record, reason)
             except SessionConflict:
                 _pause(attempt)
             else:
-                self._announcer.ended(record, reason)
-                return True
+                if active:
+                    self._announcer.ended(record, reason)
+                return active
         raise _too_many(session_id, "ended")
 
     def _close(self, record: SessionRecord, reason: str, *, forget: bool = False) -> None:
-        self.store.save(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
+        self._save_own(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
 
     def delete(self, session_id: str) -> bool:
         """Remove the session with all that it has; say whether it was there and had not ended.
@@ -611,6 +635,11 @@ class SessionManager:
                 f"session[{self._user_key!r}], where PERSIST_SESSION_USER_KEY says that the user is: {error}"
             ) from None
 
+    def forget_user(self, data: dict[str, Any]) -> None:
+        """Remove from session data the user that the application keeps in it."""
+        if self._user_key is not None:
+            data.pop(self._user_key, None)
+
     def _kept_user(self, data: Mapping[str, Any]) -> Any:
         value = data.get(self._user_key) if self._user_key is not None else None
         # Applications empty the field to sign out; the visitors of all of them are not one user.
@@ -637,6 +666,8 @@ class SessionManager:
         The conditions are those of ``SessionQuery``; *state* is judged now. Raises ``ValueError`` for an order that is
         none, ``UnsupportedByStore`` where the store cannot list, ``StoreError``.
         """
+        if state == "active" and (since := self._lifetime.active_since()) is not None:
+            created_after = since if created_after is None else max(since, created_after)
         return self.store.find(
             SessionQuery(
                 user_id=None if user_id is None else str(user_id),
@@ -668,13 +699,35 @@ class SessionManager:
         owner = Owner.of(user_id, tenant_id)
         if owner is NOBODY:
             raise ValueError("revoke_user needs a user; None is nobody, and would match the sessions of everybody")
-        query = SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id, state="active", now=self.clock())
+        return self._revoke_matching(SessionQuery(user_id=owner.user_id, tenant_id=owner.tenant_id), except_id)
+
+    def revoke_others(self, session: StoredSession) -> int:
+        """End all active sessions of the user of *session* within its tenant, but this one; say how many there were.
+
+        Raises ``StoreError``, ``UnsupportedByStore`` where the store cannot list, ``ValueError`` for nobody's session.
+        """
+        if session.user_id is None:
+            raise ValueError(f"session {session.id} is nobody's, so there are no others of its user")
+        query = SessionQuery(user_id=session.user_id, tenant_id=session.tenant_id)
+        return self._revoke_matching(query, session.id, only_without_tenant=session.tenant_id is None)
+
+    def _revoke_matching(self, query: SessionQuery, except_id: str | None, *, only_without_tenant: bool = False) -> int:
         seen, revoked = {except_id}, 0
-        # Until none is new: one that moves to a new token between being listed and being ended goes on under another id.
-        while ids := {record.id for record in self.store.find(query)} - seen:
-            seen |= ids
-            revoked += sum(self.revoke(session_id) for session_id in ids)
-        return revoked
+        for _attempt in range(_ATTEMPTS):
+            # One that gets a new token between being listed and being ended goes on under another id; it was stored before
+            # the old one ended, so a listing that begins after that has it.
+            fresh = [
+                record
+                for record in self.store.find(query)
+                if record.id not in seen
+                and record.end_reason in (None, "regenerated")
+                and not (only_without_tenant and record.tenant_id is not None)
+            ]
+            if not fresh:
+                return revoked
+            seen |= {record.id for record in fresh}
+            revoked += sum(self.revoke(record.id) for record in fresh if record.ended_at is None)
+        raise SessionConflict(f"sessions moved to new tokens {_ATTEMPTS} times while they were being revoked; try again")
 
     # The whole store --------------------------------------------------------------------------------------------------
 
@@ -686,22 +739,23 @@ class SessionManager:
 
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
         """
-        now = self.clock()
-        later = math.nextafter(now, math.inf)
-        total = ended = self._revoke_found(SessionQuery(state="active", now=now), on_batch)
-        while ended:
-            # A new token is a new id, which may lie where the listing had already been.
-            ended = self._revoke_found(SessionQuery(state="active", now=now, created_before=later), on_batch)
+        began, total = self.clock(), 0
+        while True:
+            ended, moved = self._revoke_found(began, on_batch)
             total += ended
-        return total
+            if not ended and not moved:
+                return total
 
-    def _revoke_found(self, query: SessionQuery, on_batch: Callable[[int], object]) -> int:
-        total = 0
-        for batch in batches(self.store.find(query)):
-            ended = self._revoke_batch([record for record in batch if self._lifetime.state(record) == "active"])
+    def _revoke_found(self, began: float, on_batch: Callable[[int], object]) -> tuple[int, bool]:
+        """One pass: how many it ended, and whether one has moved since *began*, perhaps to where the listing had been."""
+        total, moved = 0, False
+        for batch in batches(self.store.find(SessionQuery(created_before=math.nextafter(began, math.inf)))):
+            active = [record for record in batch if self._lifetime.state(record) == "active"]
+            ended = self._revoke_batch(active)
+            moved = moved or any(r.end_reason == "regenerated" and (r.ended_at or 0.0) >= began for r in batch)
             on_batch(ended)
             total += ended
-        return total
+        return total, moved
 
     def _revoke_batch(self, records: list[SessionRecord]) -> int:
         """End these; returns how many were still active."""

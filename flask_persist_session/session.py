@@ -252,9 +252,19 @@ class Session(SessionMixin):
 
     def unbind(self) -> None:
         """Make it nobody's session when it is saved, under a new token: the user has signed out, the data stays."""
-        self._load()
+        self._manager.forget_user(self._load())
         self._owner = NOBODY
         self._forced = None if self._forced is False else self._forced
+
+    def revoke_others(self) -> int:
+        """Sign the session's user out everywhere else, within its tenant; say how many sessions that were.
+
+        Raises ``ValueError`` for nobody's session, ``StoreError``, ``UnsupportedByStore`` where the store cannot list.
+        """
+        self._load()
+        if self._stored is None:
+            raise ValueError("the session is not stored yet, so it is nobody's")
+        return self._manager.revoke_others(self._stored)
 
     def _new_owner(self, data: dict[str, Any]) -> Owner | None:
         """Whose session it becomes; ``None`` if that has not changed."""
@@ -302,7 +312,7 @@ class Session(SessionMixin):
             self._take_over(self._foreign, data, owner or NOBODY)
         elif self._stored is None:
             self._store_new(data, wanted, owner or NOBODY)
-        elif wanted and self._changed and not data:
+        elif wanted and self._changed and not data and (self._cleared or not self._is_users(self._stored, owner)):
             self._delete(self._stored)
         elif wanted and self._cleared:
             noted = self._noted(owner)
@@ -317,6 +327,10 @@ class Session(SessionMixin):
             self._finish_save(self._manager.renew(self._stored, metadata=self._noted()), "renew")
         self._changed, self._forced, self._cleared, self._regenerate, self._owner = False, None, False, False, None
         self._user_value = self._manager.user_value(data)
+
+    def _is_users(self, stored: StoredSession, new_owner: Owner | None) -> bool:
+        """Whether it is a user's once it is stored: then that is what it keeps, be it empty or not."""
+        return (stored.user_id if new_owner is None else new_owner.user_id) is not None
 
     def _signs_in_again(self, owner: Owner | None) -> bool:
         """Whether a visitor signs in whose session moved before: by a form that was sent twice, whose first answer with
@@ -377,7 +391,8 @@ class Session(SessionMixin):
     def _save(self, stored: StoredSession, renewal: Renewal) -> None:
         forced = self._forced is True
         changed = self._changed or forced
-        outcome = self._manager.save(stored, renew=forced or renewal == "yes", metadata=self._noted())
+        noted = self._noted() if forced or renewal != "no" else None
+        outcome = self._manager.save(stored, renew=forced or renewal == "yes", metadata=noted)
         self._data = stored.data
         if renewal == "no" and not forced:
             self._finish_save(outcome, "keep")

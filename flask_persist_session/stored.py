@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .records import SessionRecord, State
+from .stores.base import NAME_LIMITS, is_name
 
 
 @dataclass(slots=True, eq=False)
@@ -82,9 +83,12 @@ _NO_IDS = (bool, float, bytes, list, tuple, dict, set, frozenset)
 def _id_text(value: object) -> str:
     if isinstance(value, _NO_IDS):
         raise ValueError(f"a {type(value).__name__} is no id of a user or tenant; allowed is text, a whole number, a UUID")
-    if value == "":
+    text = str(value)
+    if not text:
         raise ValueError("the id of a user or tenant is empty; nobody is None")
-    return str(value)
+    if not is_name(text):
+        raise ValueError(f"an id of {len(text):,} characters cannot be stored: {NAME_LIMITS}")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,11 @@ class Owner:
         if user_id is None:
             return NOBODY
         return cls(_id_text(user_id), None if tenant_id is None else _id_text(tenant_id))
+
+    @classmethod
+    def within(cls, tenant_id: object) -> Owner:
+        """Nobody, within a tenant. Raises ``ValueError`` for what is no id."""
+        return NOBODY if tenant_id is None else cls(None, _id_text(tenant_id))
 
 
 NOBODY = Owner()

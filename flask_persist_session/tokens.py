@@ -12,7 +12,7 @@ import hmac
 import secrets
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from itsdangerous import TimestampSigner, want_bytes
 from itsdangerous.signer import SigningAlgorithm
@@ -51,10 +51,11 @@ def foreign_id(kind: str, key: str) -> str:
     return f"{int.from_bytes(digest.digest()[:2], 'big') % SHARDS:03x}{digest.hexdigest()}"
 
 
-class SignedToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SignedToken:
     """A token that came with a good signature, and when it was signed, in whole seconds since the epoch."""
 
-    token: str
+    token: str = field(repr=False)
     signed_at: int
 
 

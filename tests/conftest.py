@@ -34,6 +34,17 @@ class Clock:
         self.now += seconds
 
 
+class TickingClock(Clock):
+    """A clock that moves only when told, but shows each look and each process another moment, as real ones do."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        super().__init__(now)
+        self._looks = itertools.count(1)
+
+    def __call__(self) -> float:
+        return self.now + next(self._looks) * 1e-3 + os.getpid() % 997 * 1e-6
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

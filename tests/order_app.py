@@ -10,7 +10,7 @@ from typing import Any
 from flask import Flask, flash, request, session
 
 from flask_persist_session import PersistSession
-from tests.conftest import Clock
+from tests.conftest import TickingClock
 from tests.servers import DEADLINE
 
 
@@ -73,7 +73,7 @@ def create_app() -> Flask:
     app = Flask(__name__)
     app.config.from_prefixed_env()
     app.config["PERSIST_SESSION_USER_KEY"] = "user_id"
-    sessions, clock = PersistSession(app), Clock()
+    sessions, clock = PersistSession(app), TickingClock()
     with app.app_context():
         sessions.manager.clock = clock
     gates: defaultdict[str, Gate] = defaultdict(Gate)

@@ -52,10 +52,12 @@ class RedisServer:
         self.folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.socket = folder / "redis.sock"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> RedisServer:
         command = [redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command += ["--unixsocket", str(self.socket)]
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen([*command, "--dir", str(self.folder)], stdout=log, stderr=log)
         wait_until(self._answers, "the Redis server")

@@ -17,7 +17,7 @@ from flask import Flask, session
 
 import flask_persist_session
 from flask_persist_session import PersistSession, SessionManager, StoredSession, open_store
-from tests.conftest import Clock
+from tests.conftest import TickingClock
 from tests.order_app import ACTS
 from tests.servers import DEADLINE
 from tests.web import PROCESSES
@@ -45,7 +45,7 @@ class Worker:
         PersistSession(self._app)
         self._app.add_url_rule("/<act>", view_func=self._view)
         self._manager: SessionManager = self._app.extensions["persist_session"].manager
-        self._manager.clock = self._clock = Clock()
+        self._manager.clock = self._clock = TickingClock()
         self._loaded: StoredSession | None = None
         # One write appends one line, whole, whoever else writes.
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -284,7 +284,7 @@ def test_each_evicted_session_is_told_of_once(team: Team, shared_url: str) -> No
 def test_each_expired_session_is_told_of_once(team: Team, shared_url: str) -> None:
     """Three processes that clean up at once tell of each expired session once, and of their shares at the end."""
     store = open_store(shared_url)
-    manager = SessionManager(store, clock=Clock(0.0))
+    manager = SessionManager(store, clock=TickingClock(0.0))
     ids = {manager.create({"number": number}).id for number in range(300)}
     store.close()
     team.all_at_once("cleanup")
@@ -298,7 +298,7 @@ def test_each_expired_session_is_told_of_once(team: Team, shared_url: str) -> No
 def test_what_all_end_is_told_of_once(team: Team, shared_url: str, command: str, signal: str) -> None:
     """Three processes that revoke or delete the same sessions at once: one event for each."""
     store = open_store(shared_url)
-    manager = SessionManager(store, clock=Clock())
+    manager = SessionManager(store, clock=TickingClock())
     ids = [manager.create({"number": number}).id for number in range(20)]
     store.close()
     team.all_at_once(command, *ids)

@@ -855,3 +855,11 @@ def test_a_file_that_is_just_being_created_is_waited_for(tmp_path: Path, monkeyp
     path.touch(mode=0o600)
     monkeypatch.setattr(time, "sleep", lambda _: store.save(record, expected=0))
     assert store.get(record.id) == record
+
+
+def test_redis_over_a_unix_socket(redis_server: RedisServer) -> None:
+    """A ``unix:`` URL reaches the server's socket, with options as any other."""
+    store, record = open_store(f"unix://{redis_server.socket}?prefix=socket&db=1"), make_record()
+    store.save(record, expected=0)
+    assert store.get(record.id) == record
+    store.close()

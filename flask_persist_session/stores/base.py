@@ -60,6 +60,7 @@ log = logging.getLogger("flask_persist_session")
 
 #: How many characters a user id, a tenant id or an end reason may have: databases index so much.
 LONGEST_NAME = 512
+NAME_LIMITS = f"at most {LONGEST_NAME} characters of Unicode, without NUL"
 #: What never changes under one id; a session that gets another user gets another id.
 FIXED_FIELDS = frozenset({"id", "user_id", "tenant_id", "created_at"})
 
@@ -238,13 +239,12 @@ def check_save(record: SessionRecord, expected: int) -> None:
 
 
 def _check_name(field: str, value: str | None) -> None:
-    if value is not None and not _is_name(value):
-        raise ValueError(
-            f"{field} {value[:40]!r} cannot be stored: at most {LONGEST_NAME} characters of Unicode, without NUL"
-        )
+    if value is not None and not is_name(value):
+        raise ValueError(f"{field} {value[:40]!r} cannot be stored: {NAME_LIMITS}")
 
 
-def _is_name(value: str | None) -> bool:
+def is_name(value: str | None) -> bool:
+    """Whether every store can keep *value* as a user, tenant or reason."""
     try:
         return value is None or (len(value) <= LONGEST_NAME and "\0" not in value and bool(value.encode() or True))
     except UnicodeEncodeError:
@@ -271,7 +271,7 @@ def that_of(record: SessionRecord, session_id: str) -> SessionRecord:
 
 def can_match(query: SessionQuery) -> bool:
     """Whether any record can have the user and tenant of *query*: a driver may not even take what no store keeps."""
-    return _is_name(query.user_id) and _is_name(query.tenant_id)
+    return is_name(query.user_id) and is_name(query.tenant_id)
 
 
 def log_unreadable(session_id: str, error: SerializationError) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
-from urllib.parse import urlunsplit
+from urllib.parse import SplitResult, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -91,7 +91,7 @@ def read_location(location: Location, **more: Callable[[str], Any]) -> tuple[Cli
 
     def connect() -> redis.Redis:
         return redis.Redis.from_url(
-            urlunsplit(location.url),
+            _url(location.url),
             socket_timeout=wait,
             socket_connect_timeout=wait,
             # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
@@ -102,6 +102,11 @@ def read_location(location: Location, **more: Callable[[str], Any]) -> tuple[Cli
         )
 
     return ClientPerThread(connect), {name: value for name, value in given.items() if name in more}
+
+
+def _url(url: SplitResult) -> str:
+    # urlunsplit leaves out the slashes before an empty host, and the client wants them.
+    return urlunsplit(url) if url.scheme != "unix" else f"unix://{url.netloc}{url.path}"
 
 
 class ClientPerThread:
@@ -198,7 +203,10 @@ class RedisStore(SessionStore):
             records = self._records(filter(is_session_id, sorted(query.ids)), None)
         elif query.user_id is not None:
             index = self._user_key(shard_of(query.user_id), query.user_id)
-            records = self._records(self._ids_in_index(index), lambda _: index)
+            if query.state in ("active", "expired"):
+                records = self._open_of_user(index)
+            else:
+                records = self._records(self._ids_in_index(index), lambda _: index)
         elif query.id_prefix is not None:
             prefix = query.id_prefix
             ids = self._ids_in_index(self._expiry_key(prefix[:3]))
@@ -286,6 +294,19 @@ class RedisStore(SessionStore):
     def _ids_in_index(self, index: str) -> list[str]:
         with self._errors():
             return list(_ids_in(self._client.zrange(index, 0, -1)))
+
+    def _open_of_user(self, index: str) -> Iterator[SessionRecord]:
+        """The records of the sessions in the index of a user that have not ended.
+
+        All as they are at one moment: listed first and read then, one that moves to another id in between would be missed.
+        """
+        with self._errors():
+            found = self._run(_OPEN, (1, index))
+        for session_id, *fields in found:
+            try:
+                yield from filter(None, [_record(fields)])
+            except SerializationError as error:
+                log_unreadable(session_id.decode("ascii", "replace"), error)
 
     def _records(self, ids: Iterable[str], index_of: Callable[[str], str] | None) -> Iterator[SessionRecord]:
         """The records of *ids*, which were found in the index that *index_of* names, if in any."""
@@ -502,6 +523,22 @@ local function add_up()
 end
 local intact, sums = pcall(add_up)
 return intact and sums
+""")
+
+# KEYS: the index of a user. Whether a session has ended, its facts tell in their 21st byte.
+_OPEN = _Script("""
+local shard = KEYS[1]:match('^(.-{%x%x%x}):u:')
+local open = {}
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local facts = redis.call('HGET', shard .. ':facts', id)
+  if not facts or facts:byte(21) ~= 1 then
+    local found = redis.pcall('HMGET', shard .. ':s:' .. id, 'record', 'version')
+    if not found.err and (found[1] or found[2]) then
+      open[#open + 1] = {id, found[1], found[2]}
+    end
+  end
+end
+return open
 """)
 
 # KEYS: lease. ARGV: holder, milliseconds.

@@ -130,9 +130,7 @@ class _Page:
     def sign_out_others(self) -> ResponseReturnValue:
         """End all sessions of the user but this one."""
         current = self._accepted()
-        manager = PersistSession().manager
-        for session_id in [record.id for record in _sessions_like(current) if record.id != current.id]:
-            manager.revoke(session_id)
+        current.revoke_others()
         return _redirect_back()
 
     def _sign_out_here(self, current: Session) -> ResponseReturnValue:
