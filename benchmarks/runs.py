@@ -96,11 +96,11 @@ def _round_trips(places: Places, candidate: Candidate, size: int) -> tuple[int, 
     counts = []
     for view in VIEWS:
         visitor.visit(f"/{view}")
-        counts.append(_commands(places.redis, partial(visitor.visit, f"/{view}")))
+        counts.append(commands_of(places.redis, partial(visitor.visit, f"/{view}")))
     return tuple(counts)
 
 
-def _commands(server: RedisServer, call: Callable[[], object]) -> int:
+def commands_of(server: RedisServer, call: Callable[[], object]) -> int:
     """How many commands *call* sends, as the server sees them; those that a script runs inside it are no round trips.
 
     The server's own counters do not serve: they count the commands of scripts too.

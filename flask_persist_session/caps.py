@@ -30,7 +30,7 @@ class UserCap:
     :param lifetime: tells the time and which sessions are active.
     :param most: how many; 0: any number.
     :param policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
-    :param end: ends the session of an id for a reason.
+    :param end: ends the session of a record that was just read, for a reason.
 
     Raises ``UnsupportedByStore`` if there is a cap and the store cannot list.
     """
@@ -39,7 +39,7 @@ class UserCap:
         self,
         store: SessionStore,
         lifetime: Lifetime,
-        end: Callable[[str, str], object],
+        end: Callable[[SessionRecord, str], object],
         *,
         most: int,
         policy: CapPolicy,
@@ -64,7 +64,7 @@ class UserCap:
         age = self._lifetime.seniority
         for surplus in live[self._most :]:
             if age(surplus) > age(record):
-                self._end(surplus.id, "rejected")
+                self._end(surplus, "rejected")
         if record.id not in {other.id for other in live[: self._most]}:  # another sign-in may have rejected it already
             raise SessionLimitReached(
                 f"the user {record.user_id!r} has {self._most} sessions, and PERSIST_SESSION_MAX_PER_USER "
@@ -81,7 +81,7 @@ class UserCap:
             return
         try:
             for other in self._live(record)[: -self._most]:
-                self._end(other.id, "evicted")
+                self._end(other, "evicted")
         except StoreError as error:
             log.warning("the sessions of a user could not be limited at a sign-in: %s", error)
 

@@ -89,7 +89,7 @@ class SessionManager:
             renew_interval=renew_interval,
             keep_ended=keep_ended,
         )
-        self._user_cap = UserCap(store, self._lifetime, self._end, most=max_per_user, policy=cap_policy)
+        self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
         self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
         self._lookup = Lookup(store, self._codec, self._lifetime)
 
@@ -568,6 +568,15 @@ class SessionManager:
         if reason == "regenerated":
             raise ValueError('only regenerating ends a session with the reason "regenerated"; choose another one')
         return self._end(session_id, reason)
+
+    def _end_as_read(self, record: SessionRecord, reason: str) -> bool:
+        """End the active session of *record*, which is not read again if it has not changed since."""
+        try:
+            self._close(record, reason)
+        except SessionConflict:
+            return self._end(record.id, reason)
+        self._announcer.ended(record, reason)
+        return True
 
     def _end(self, session_id: str, reason: str) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):

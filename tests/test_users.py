@@ -484,6 +484,19 @@ def test_the_operations_of_a_sign_in(make_app: MakeApp, store_url: str) -> None:
     assert counting.operations == {"get": 1, "save": 2, "find": 1}
 
 
+def test_the_operations_of_a_sign_in_that_evicts(make_app: MakeApp, store_url: str) -> None:
+    """The session that has to go is ended as it was listed: that costs one save more."""
+    counting = CountingStore(open_store(store_url))
+    app = make_app(counting, PERSIST_SESSION_MAX_PER_USER=2)
+    add_views(app)
+    for _ in range(3):
+        client = app.test_client()
+        client.get("/set/a/1")
+        counting.operations.clear()
+        client.get("/login/Ada")
+    assert counting.operations == {"get": 1, "save": 3, "find": 1}
+
+
 def sign_in(url: str, policy: Any, start: Any, outcome: Any) -> None:
     """Twenty sign-ins of one user at once, in threads of this process."""
     store = open_store(url)
