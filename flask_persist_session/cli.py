@@ -37,14 +37,25 @@ class _SessionsGroup(AppGroup):
         try:
             return super().invoke(ctx)
         except PersistSessionError as error:
-            raise click.ClickException(terminal.escape(str(error))) from error
+            raise click.ClickException(terminal.one_line(str(error))) from error
 
 
-def _duration(text: str) -> float:
+def _age(text: str) -> float:
+    """Seconds of a duration with its unit: 7 might be meant as days, and would sign nearly everybody out."""
     try:
-        return parse_duration(text)
+        age = parse_duration(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+    if age and text.strip()[-1].isdigit():
+        raise click.BadParameter(f"{text!r} has no unit; write a number and s, m, h, d or w, such as 90m, 24h or 7d")
+    return age
+
+
+def check_given(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """The id of a user or tenant. Nobody has an empty one: it comes from a variable that is not set."""
+    if value == "":
+        raise click.BadParameter("it is empty, and no id is; is a variable not set?", context, option)
+    return value
 
 
 @click.group("sessions", cls=_SessionsGroup)
@@ -59,8 +70,8 @@ def sessions_cli() -> None:
 
 
 @sessions_cli.command("list")
-@click.option("--user", metavar="USER", help="Only sessions of this user.")
-@click.option("--tenant", metavar="TENANT", help="Only sessions within this tenant.")
+@click.option("--user", metavar="USER", callback=check_given, help="Only sessions of this user.")
+@click.option("--tenant", metavar="TENANT", callback=check_given, help="Only sessions within this tenant.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions with this tag; can be repeated.")
 @click.option("--state", type=click.Choice(["active", "expired", "ended"]), help="Only sessions in this state.")
 @click.option(
@@ -108,7 +119,7 @@ def list_sessions(
         click.echo(line)
         empty = False
     if empty:
-        click.echo("no such sessions", err=True)
+        click.echo("no such sessions" if user or tenant or tags or state else "no sessions", err=True)
     elif next(records, None) is not None:
         click.echo("… and more; --limit 0 shows all", err=True)
 
@@ -174,16 +185,16 @@ def stats(as_json: bool) -> None:
 
 @sessions_cli.command()
 @click.argument("session_ids", metavar="[ID]...", nargs=-1)
-@click.option("--user", metavar="USER", help="All sessions of this user.")
-@click.option("--tenant", metavar="TENANT", help="With --user: only those within this tenant.")
+@click.option("--user", metavar="USER", callback=check_given, help="All sessions of this user.")
+@click.option("--tenant", metavar="TENANT", callback=check_given, help="With --user: only those within this tenant.")
 @click.option("--all", "everybody", is_flag=True, help="All sessions of everybody.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def revoke(session_ids: tuple[str, ...], user: str | None, tenant: str | None, everybody: bool, yes: bool) -> None:
     """End sessions: their users are signed out, and the next request of each reads the reason "revoked"."""
+    if tenant is not None and user is None:
+        raise click.UsageError("--tenant goes with --user; a whole tenant cannot be revoked at once")
     if bool(session_ids) + (user is not None) + everybody != 1:
         raise click.UsageError("give either ids, or --user, or --all")
-    if tenant is not None and user is None:
-        raise click.UsageError("--tenant goes with --user")
     manager = _manager()
     if everybody:
         _revoke_all(manager, yes)
@@ -200,7 +211,7 @@ def _revoke_ids(manager: SessionManager, session_ids: tuple[str, ...], yes: bool
         try:
             record = manager.look_up(session_id)
         except (SessionNotFound, SerializationError) as error:
-            click.echo(f"Error: {terminal.escape(str(error))}", err=True)
+            click.echo(f"Error: {terminal.one_line(str(error))}", err=True)
             unknown += 1
         else:
             found[record.id] = record
@@ -216,6 +227,8 @@ def _revoke_ids(manager: SessionManager, session_ids: tuple[str, ...], yes: bool
 def _revoke_user(manager: SessionManager, user: str, tenant: str | None, yes: bool) -> None:
     active = sum(1 for _ in manager.find(user_id=user, tenant_id=tenant, state="active"))
     where = "" if tenant is None else f" of tenant {tenant!r}"
+    if not active:
+        raise click.ClickException(f"user {user!r}{where} has no active session; the id is what `list` shows under USER")
     _confirm(f"Revoke {_count(active)} of user {user!r}{where}?", yes)
     click.echo(f"revoked {_count(manager.revoke_user(user, tenant))}")
 
@@ -235,9 +248,9 @@ def _revoke_all(manager: SessionManager, yes: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only count what would be removed.")
 @click.option(
     "--older-than",
-    type=_duration,
+    type=_age,
     metavar="DURATION",
-    help="Also remove active sessions without a request for so long, such as 90m, 24h or 7d.",
+    help="Also remove active sessions without a request for so long and a renewal interval, such as 90m, 24h or 7d.",
 )
 def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
@@ -283,6 +296,6 @@ def _echo_largest(title: str, counts: Mapping[str, int]) -> None:
     click.echo(f"\n{title}")
     largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_ROWS]
     for name, count in largest:
-        click.echo(f"{count:>12,}  {terminal.escape(name) if name.strip() else repr(name)}")
+        click.echo(f"{count:>12,}  {terminal.name(name)}")
     if len(counts) > len(largest):
         click.echo(f"and {len(counts) - len(largest):,} more")

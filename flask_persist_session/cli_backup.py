@@ -15,15 +15,15 @@ from . import terminal
 from .archive import silent
 from .backup import STRATEGIES, BackupReport, RestoreReport, Strategy
 from .backup_files import BackupFile
-from .cli import extension, sessions_cli
+from .cli import check_given, extension, sessions_cli
 from .exceptions import StoreError
 from .records import SessionQuery
 
 
 @sessions_cli.command()
 @click.argument("path", required=False, metavar="[PATH]")
-@click.option("--user", metavar="ID", help="Only the sessions of this user.")
-@click.option("--tenant", metavar="ID", help="Only the sessions of this tenant.")
+@click.option("--user", metavar="ID", callback=check_given, help="Only the sessions of this user.")
+@click.option("--tenant", metavar="ID", callback=check_given, help="Only the sessions of this tenant.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions with this tag; repeatable, then with all.")
 @click.option("--include-expired", is_flag=True, help="Also sessions that the next cleanup removes.")
 @click.option(
@@ -150,7 +150,7 @@ def restore(file: str, strategy: Strategy, dry_run: bool, sign_out: bool, yes: b
                 file, strategy=strategy, dry_run=dry_run, sign_out=sign_out, started=bar.start, progress=bar.advance
             )
     except (KeyboardInterrupt, StoreError) as error:
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}; stopped"
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{terminal.one_line(str(error))}; stopped"
         left = "nothing was changed" if dry_run else "what it restored is complete"
         problem = f"{what} after {bar.done:,} sessions: {left}; run it again for the rest"
         raise (terminal.Interrupted if isinstance(error, KeyboardInterrupt) else click.ClickException)(problem) from None

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import terminal
-from .records import SessionRecord, State
+from .records import JSON, SessionRecord, State
+from .session import LAST_SEEN, SIGN_IN
 
 #: So many digits of an id a narrow table shows; the chance that any two of a million sessions share them is 1 %.
 SHOWN_DIGITS = 12
+#: What the metadata has of devices, which is long.
+_DEVICES = (SIGN_IN, LAST_SEEN)
 #: Why a session ended, for reasons that this package gives.
 _REASONS = {
     "revoked": "somebody ended it from outside: an operator or the application",
@@ -30,8 +33,8 @@ def columns(now: float) -> list[terminal.Column]:
     return [
         column("ID", lambda record: record.id, narrowest=SHOWN_DIGITS, mark=""),
         column("STATE", lambda record: _state(record, now), narrowest=15),
-        column("USER", lambda record: terminal.escape(record.user_id or ""), narrowest=12),
-        column("TENANT", lambda record: terminal.escape(record.tenant_id or ""), rank=4, narrowest=8),
+        column("USER", lambda record: _name(record.user_id), narrowest=12),
+        column("TENANT", lambda record: _name(record.tenant_id), rank=4, narrowest=8),
         column("TAGS", lambda record: _tags(record), rank=5, narrowest=8),
         column("CREATED", lambda record: terminal.relative(record.created_at, now), rank=3),
         column("ACCESSED", lambda record: terminal.relative(record.accessed_at, now), rank=2),
@@ -45,8 +48,12 @@ def _state(record: SessionRecord, now: float) -> str:
     return f"{state} ({terminal.escape(record.end_reason or '')})" if state == "ended" else state
 
 
+def _name(given: str | None) -> str:
+    return "" if given is None else terminal.name(given)
+
+
 def _tags(record: SessionRecord) -> str:
-    return terminal.escape(", ".join(sorted(record.tags)))
+    return ", ".join(map(terminal.name, sorted(record.tags)))
 
 
 def json_lines(records: Iterator[SessionRecord], now: float) -> Iterator[str]:
@@ -77,8 +84,8 @@ def facts(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
     """What is known of a session, each with a label."""
     yield "session", record.id
     yield "state", _state(record, now)
-    yield "user", "none" if record.user_id is None else terminal.escape(record.user_id)
-    yield "tenant", "none" if record.tenant_id is None else terminal.escape(record.tenant_id)
+    yield "user", _name(record.user_id) or "none"
+    yield "tenant", _name(record.tenant_id) or "none"
     yield "tags", _tags(record) or "none"
     yield "created", terminal.both(record.created_at, now)
     yield "accessed", terminal.both(record.accessed_at, now)
@@ -88,8 +95,14 @@ def facts(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
         yield "ended", terminal.both(record.ended_at, now)
         yield "kept", f"until {terminal.both(record.expires_at, now)}"
     yield "version", f"{record.version:,}"
-    yield "metadata", terminal.escape(json.dumps(dict(record.metadata), ensure_ascii=False)) if record.metadata else "none"
+    yield from ((key, _json(record.metadata[key])) for key in _DEVICES if key in record.metadata)
+    others = {key: value for key, value in record.metadata.items() if key not in _DEVICES}
+    yield "metadata", _json(others or None)
     yield "size", terminal.size(len(record.data))
+
+
+def _json(value: JSON) -> str:
+    return "none" if value is None else terminal.escape(json.dumps(value, ensure_ascii=False))
 
 
 def fate(record: SessionRecord, now: float) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .exceptions import SerializationError, SessionNotFound
+from .exceptions import SerializationError, SessionNotFound, UnsupportedByStore
 from .lifetime import Lifetime
 from .records import SessionQuery, SessionRecord, State, is_id_prefix, is_session_id
 from .serializers import Codec
@@ -13,6 +14,8 @@ from .stores.base import SessionStore
 
 #: How many digits an abbreviated id must have: fewer would name another session tomorrow.
 SHORTEST_ID = 8
+_DIGITS = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},67}}", re.ASCII)
+_UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,9 @@ class Lookup:
         self._lifetime = lifetime
 
     def record(self, session_id: str) -> SessionRecord:
-        """The record of an id or the beginning of one, judged now."""
-        whole = session_id if is_session_id(session_id) else self._complete(session_id)
+        """The record of an id or the beginning of one, as people copy it, judged now."""
+        given = session_id.strip()
+        whole = given.lower() if is_session_id(given.lower()) else self._complete(given)
         try:
             record = self._store.get(whole)
         except SerializationError as error:
@@ -63,15 +67,16 @@ class Lookup:
             ) from error
         return SessionDetails(record=record, state=state, data=data, sizes=self._codec.sizes(data))
 
-    def _complete(self, beginning: str) -> str:
-        if len(beginning) < SHORTEST_ID or not is_id_prefix(beginning):
+    def _complete(self, given: str) -> str:
+        beginning = given.lower()
+        if not _DIGITS.fullmatch(beginning):
             # Not repeated as a whole: a token may have been given instead of an id.
-            cut = "…" if len(beginning) > SHORTEST_ID else ""
+            cut = "…" if len(given) > SHORTEST_ID else ""
             raise SessionNotFound(
-                f"{beginning[:SHORTEST_ID]!r}{cut} is no session id: give its 67 lower-case hex digits, or at least the "
-                f"first {SHORTEST_ID} of them"
+                f"{given[:SHORTEST_ID]!r}{cut} is no session id: give its 67 hex digits, or at least the first "
+                f"{SHORTEST_ID} of them"
             )
-        found = [record.id for record in self._store.find(SessionQuery(id_prefix=beginning, limit=2))]
+        found = self._beginning_with(beginning) if is_id_prefix(beginning) else []
         if len(found) > 1:
             raise SessionNotFound(
                 f"{beginning} begins the ids of several sessions: give more digits of {' or '.join(found)}"
@@ -80,9 +85,22 @@ class Lookup:
             raise SessionNotFound(self._missing(beginning))
         return found[0]
 
+    def _beginning_with(self, prefix: str) -> list[str]:
+        try:
+            return [record.id for record in self._store.find(SessionQuery(id_prefix=prefix, limit=2))]
+        except UnsupportedByStore as error:
+            raise UnsupportedByStore(f"give the whole id, all 67 digits: {error}") from error
+
     def _missing(self, session_id: str) -> str:
         return (
             f"no session {session_id}: it never existed, or was removed by a cleanup, which "
-            f"takes expired sessions at once and ended ones after {self._lifetime.keep_ended:,.0f} seconds "
+            f"takes expired sessions at once and ended ones after {_in_words(self._lifetime.keep_ended)} "
             "(PERSIST_SESSION_KEEP_ENDED)"
         )
+
+
+def _in_words(seconds: float) -> str:
+    """A duration of the settings, in the largest unit in which it is a whole number of 2 or more."""
+    whole = ((unit, length) for unit, length in _UNITS if seconds >= 2 * length and seconds % length == 0)
+    unit, length = next(whole, ("seconds", 1))
+    return f"{seconds / length:,.0f} {unit}"

@@ -132,7 +132,10 @@ class SessionConflicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionDiscarded:
-    """A change to *session_id* was dropped; *reason* is why the session ended, ``None`` if it was deleted."""
+    """A change to *session_id* was dropped; *reason* is why the session ended, such as ``"logout"``.
+
+    ``None`` if that is not kept any more, or the record could not be read.
+    """
 
     session_id: str
     reason: str | None

@@ -18,7 +18,7 @@ class StoredSession:
     data: dict[str, Any] = field(repr=False)
     state: State = "active"
     token: str | None = field(default=None, repr=False)
-    """The secret that opens it; known only right after ``create`` and ``regenerate``."""
+    """The secret that opens it; known only right after ``create``, ``regenerate``, ``bind`` and ``restart``."""
 
     @property
     def id(self) -> str:

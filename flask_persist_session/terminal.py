@@ -58,6 +58,16 @@ def escape(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
+def name(text: str) -> str:
+    """What somebody named, in quotes if its beginning or end cannot be seen."""
+    return escape(text) if text and text == text.strip() else repr(text)
+
+
+def one_line(text: str) -> str:
+    """An error of several lines, such as a driver's, in one."""
+    return escape(" ".join(text.split()))
+
+
 def size(count: int) -> str:
     """A number of bytes in the unit that suits it."""
     scaled = float(count)
@@ -172,7 +182,7 @@ def table(columns: list[Column], records: Iterator[SessionRecord], width: int) -
 def _fit(widths: dict[Column, int], width: int) -> dict[Column, int]:
     """The widths at which the columns fit: abbreviated ids first, then less in each, then fewer of them."""
     while (excess := sum(widths.values()) + _GAP * (len(widths) - 1) - width) > 0:
-        spare = {c: size - c.narrowest for c, size in widths.items() if c.narrowest is not None and size > c.narrowest}
+        spare = _spare(widths)
         unmarked = next((c for c in spare if not c.mark), None)
         if unmarked is not None:
             widths[unmarked] -= spare[unmarked]
@@ -183,6 +193,15 @@ def _fit(widths: dict[Column, int], width: int) -> dict[Column, int]:
         else:
             break
     return widths
+
+
+def _spare(widths: dict[Column, int]) -> dict[Column, int]:
+    """By how much each column may still be cut."""
+    spare = {c: size - c.narrowest for c, size in widths.items() if c.narrowest is not None and size > c.narrowest}
+    if spare or any(c.rank for c in widths):
+        return spare
+    # Nothing can be left out any more. Less of an id would name nothing, less of the rest is better than wrapped lines.
+    return {c: size - 1 for c, size in widths.items() if c.mark and size > 1}
 
 
 def _cell(text: str, size: int, mark: str) -> str:

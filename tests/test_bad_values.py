@@ -625,6 +625,19 @@ def test_wrong_setting_is_refused(make_app: MakeApp, name: str, value: Any, allo
     assert allowed in message
 
 
+@pytest.mark.parametrize(
+    ("path", "urls"),
+    [
+        ("/var/lib/x", "file:///var/lib/x for a directory of files, or sqlite:////var/lib/x for a database"),
+        ("x.db", "file:x.db for a directory of files, or sqlite:///x.db for a database"),
+    ],
+)
+def test_a_path_in_place_of_a_url_is_explained(make_app: MakeApp, path: str, urls: str) -> None:
+    """The message has the URLs that the path may be meant as."""
+    with pytest.raises(ConfigError, match=f"^PERSIST_SESSION_STORE: the store '{path}' is a path and no URL; write {urls}"):
+        make_app(path)
+
+
 def test_wrong_setting_is_refused_even_when_switched_off(make_app: MakeApp) -> None:
     """Settings are checked although the extension is not enabled, so that switching it on brings no surprise."""
     with pytest.raises(ConfigError, match="PERSIST_SESSION_MAX_BYTES"):

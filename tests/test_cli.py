@@ -120,6 +120,38 @@ def test_an_age_that_is_none_is_explained(app: Flask) -> None:
     assert "'soon' is not a duration; write a number and s, m, h, d or w" in output
 
 
+def test_an_age_needs_a_unit(app: Flask, clock: Clock) -> None:
+    """7 might be meant as days: it is a usage error that names the units, and nobody is signed out. 0 needs none."""
+    clock.advance(3600)
+    status, output = run(app, "cleanup", "--older-than", "7")
+    assert status == 2
+    assert "'7' has no unit; write a number and s, m, h, d or w, such as 90m, 24h or 7d" in output
+    assert len(listed(app, "--state", "active")) == 1
+    assert run(app, "cleanup", "--older-than", "0") == (0, "removed 3 sessions (1 expired, 1 ended, 1 idle)\n")
+
+
+@pytest.mark.parametrize("option", ["--user", "--tenant"])
+@pytest.mark.parametrize(
+    "command", [["list"], ["revoke", "--yes", "--user", "Bob"], ["backup"]], ids=lambda words: words[0]
+)
+def test_an_empty_id_is_a_usage_error(app: Flask, command: list[str], option: str) -> None:
+    """``--user "$NAME"`` with no such variable is neither everybody nor a traceback, and changes nothing."""
+    status, output = run(app, *command, option, "")
+    assert status == 2
+    assert f"Invalid value for '{option}': it is empty, and no id is; is a variable not set?" in output
+    assert len(listed(app, "--state", "active")) == 1
+
+
+def test_an_error_of_a_server_is_one_line_without_escapes(make_app: MakeApp) -> None:
+    """What the driver says in several lines is told in one."""
+    app = make_app(f"postgresql://127.0.0.1:{free_port()}/shop")
+    status, output = run(app, "stats")
+    assert (status, output.count("\n")) == (1, 1)
+    assert "Is the server running on that host" in output
+    assert "\\n" not in output
+    assert "\\t" not in output
+
+
 def test_a_store_that_cannot_be_reached_is_one_line(make_app: MakeApp) -> None:
     """The error names the server, and the exit status is 1."""
     app = make_app(f"redis://:secret@127.0.0.1:{free_port()}/0?timeout=0.5")
@@ -235,6 +267,21 @@ def test_list_of_nothing_says_so(app: Flask) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no such sessions\n")
 
 
+def test_list_of_an_empty_store_says_so(make_app: MakeApp) -> None:
+    """Without a filter the store has none at all."""
+    result = make_app().test_cli_runner().invoke(args=["sessions", "list"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no sessions\n")
+
+
+def test_spaces_around_a_name_are_seen(app: Flask, manager: SessionManager) -> None:
+    """A user whose id begins or ends with a space is listed in quotes, as is a tenant and a tag; others are not."""
+    made = manager.create(user_id=" Cy", tenant_id="acme ", tags=[" web", "beta"])
+    row = next(line for line in run(app, "list")[1].splitlines() if line.startswith(made.id))
+    assert "  ' Cy'  'acme '  ' web', beta  " in row
+    assert "user      ' Cy'\n" in run(app, "show", made.id)[1]
+    assert "'Bob'" not in run(app, "list")[1]
+
+
 def test_list_tells_programs_all_but_the_data(app: Flask) -> None:
     """``--json`` prints plain values, times in seconds, and no payload."""
     [session] = listed(app, "--user", "Bob")
@@ -326,6 +373,16 @@ def test_show_tells_all_of_a_session(app: Flask, manager: SessionManager, clock:
     }
     assert [value.splitlines()[1].strip() for value in values] == ["{'apples': (1, Decimal('2.50'))}", "1"]
     assert [value.split(":")[0] for value in values] == ["'cart'", "'n'"]
+
+
+def test_show_has_a_line_for_each_device(app: Flask, manager: SessionManager) -> None:
+    """What is noted of the sign-in and of the last renewal is apart from the other metadata."""
+    seen = {"ip": "192.0.2.1", "user_agent": "Mozilla/5.0"}
+    made = manager.create(metadata={"last_seen": seen, "sign_in": None, "title": "phone"})
+    rows = dict(line.split(maxsplit=1) for line in run(app, "show", made.id)[1].splitlines())
+    assert rows["sign_in"] == "none"
+    assert rows["last_seen"] == '{"ip": "192.0.2.1", "user_agent": "Mozilla/5.0"}'
+    assert rows["metadata"] == '{"title": "phone"}'
 
 
 def test_show_as_json_has_text_for_what_json_lacks(app: Flask, manager: SessionManager) -> None:
@@ -427,18 +484,43 @@ def test_an_unknown_id_is_explained(app: Flask, command: list[str]) -> None:
     status, output = run(app, *command, "0" * 67)
     assert status == 1
     assert output.startswith(f"Error: no session {'0' * 67}: it never existed, or was removed by a ")
-    assert "86,400 seconds" in output
+    assert "ended ones after 24 hours (PERSIST_SESSION_KEEP_ENDED)" in output
     assert run(app, *command, "0" * 12)[1].startswith(f"Error: no session {'0' * 12}: ")
 
 
-@pytest.mark.parametrize("word", ["", "0123456", "X" * 67, "3abZtoken-of-somebody", "%_%_%_%_%_", "fff" * 4])
+@pytest.mark.parametrize("word", ["", "0123456", "X" * 67, "3abZtoken-of-somebody", "%_%_%_%_%_", "0" * 68])
 def test_what_is_no_id_is_explained(app: Flask, word: str) -> None:
     """Exit status 1, and how an id looks; no more of it is repeated than what no token is guessed from."""
     status, output = run(app, "show", "--", word)
     assert status == 1
-    assert "is no session id: give its 67 lower-case hex digits, or at least the first 8 of them" in output
+    assert "is no session id: give its 67 hex digits, or at least the first 8 of them" in output
     assert word[:8] in output
     assert "token-of" not in output
+
+
+@pytest.mark.parametrize("word", ["abcdef123456", "f" * 67])
+def test_digits_that_begin_no_id_are_an_unknown_session(app: Flask, word: str) -> None:
+    """Ids begin with 0 to 3, which nobody needs to know: there is no such session."""
+    status, output = run(app, "why", word)
+    assert status == 1
+    assert output.startswith(f"Error: no session {word}: it never existed, or was removed by a cleanup, ")
+
+
+def test_an_id_is_taken_as_it_was_copied(app: Flask, manager: SessionManager) -> None:
+    """Capitals and spaces around it make no difference, to a whole id and to the beginning of one."""
+    made = manager.create().id
+    for copied in (f" {made.upper()}\n", f"{made[:12].upper()} "):
+        assert run(app, "why", copied)[1].startswith(f"session {made} of nobody is active")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 seconds"), (90, "90 seconds"), (5400, "90 minutes"), (86400, "24 hours"), (604800, "7 days")],
+)
+def test_how_long_ended_sessions_are_kept_is_told_exactly(store: SessionStore, seconds: int, words: str) -> None:
+    """In the largest unit that needs no rounding."""
+    with pytest.raises(SessionNotFound, match=f"ended ones after {words} "):
+        SessionManager(store, keep_ended=seconds).look_up("0" * 67)
 
 
 def test_an_ambiguous_id_is_explained(store: SessionStore) -> None:
@@ -475,6 +557,25 @@ def test_revoke_a_user(app: Flask, manager: SessionManager) -> None:
     assert run(app, "revoke", "--yes", "--user", "Cy", "--tenant", "acme") == (0, "revoked 2 active sessions\n")
     assert run(app, "revoke", "--yes", "--user", "Cy") == (0, "revoked 1 active session\n")
     assert [session["user_id"] for session in listed(app, "--state", "active")] == ["Bob"]
+
+
+@pytest.mark.parametrize("yes", [[], ["--yes"]], ids=["asking", "yes"])
+def test_revoke_a_user_who_has_no_session(app: Flask, yes: list[str]) -> None:
+    """Nothing is asked: exit status 1 as for an unknown id, and where the ids of users are to be seen."""
+    status, output = run(app, "revoke", "--user", "noone", *yes)
+    assert (status, output) == (
+        1,
+        "Error: user 'noone' has no active session; the id is what `list` shows under USER\n",
+    )
+    assert "user 'Bob' of tenant 'acme' has no" in run(app, "revoke", "--user", "Bob", "--tenant", "acme", *yes)[1]
+
+
+@pytest.mark.parametrize("others", [[], ["--all"], ["0" * 67]], ids=str)
+def test_revoke_a_tenant_alone_is_explained(app: Flask, others: list[str]) -> None:
+    """The usage error names the option that was wrong."""
+    status, output = run(app, "revoke", "--tenant", "acme", *others)
+    assert status == 2
+    assert "Error: --tenant goes with --user; a whole tenant cannot be revoked at once" in output
 
 
 def test_revoke_everybody(app: Flask) -> None:
@@ -586,10 +687,12 @@ def test_a_cache_that_cannot_list_does_the_rest(make_app: MakeApp) -> None:
         ["list"],
         ["revoke", "--yes", "--user", "Cy"],
         ["revoke", "--yes", "--all"],
-        ["why", session_id[:12]],
     ):
         status, output = run(app, *arguments)
         assert (status, output.splitlines()[-1][:45]) == (1, "Error: CachelibStore cannot list sessions: a "), arguments
+    status, output = run(app, "why", session_id[:12])
+    assert status == 1
+    assert output.startswith("Error: give the whole id, all 67 digits: CachelibStore cannot list sessions: a ")
     assert [run(app, *arguments, session_id)[0] for arguments in (["show"], ["why"], ["revoke", "--yes"])] == [0] * 3
 
 
@@ -642,7 +745,7 @@ def in_terminal(folder: Path, columns: int, *arguments: str, answer: str = "") -
     return process.wait(60), printed.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120, 200])
 def test_a_table_fits_the_terminal(shop: Path, columns: int) -> None:
     """No line is longer than the terminal is wide, and each id that is shown names its session."""
     status, output = in_terminal(shop, columns, "list", "--limit", "5")
@@ -650,7 +753,7 @@ def test_a_table_fits_the_terminal(shop: Path, columns: int) -> None:
     assert (status, len(rows), last) == (0, 5, "… and more; --limit 0 shows all")
     assert max(map(len, [head, *rows])) <= columns
     assert head.split()[:3] == ["ID", "STATE", "USER"]
-    assert [title for title in ("TENANT", "TAGS") if title in head] == ["TENANT", "TAGS"][: (columns - 60) // 20]
+    assert [title for title in ("TENANT", "TAGS") if title in head] == ["TENANT", "TAGS"][: max(0, columns - 60) // 20]
     shown = rows[0].split()[0]
     assert len(shown) == (67 if columns == 200 else 12)
     assert in_terminal(shop, columns, "why", shown)[1].startswith(f"session {shown}")

@@ -687,12 +687,52 @@ def test_a_store_that_cannot_list_says_so(make_app: MakeApp) -> None:
     assert user(client) == "Ada"
 
 
-def test_the_page_needs_server_side_sessions(make_app: MakeApp) -> None:
-    """With the extension switched off the error says what is missing."""
+def test_with_the_extension_switched_off_the_page_says_so(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    """The page and its forms are a 501 as on a store that cannot list; the log names the setting."""
     app = make_app(PERSIST_SESSION_ENABLED=False)
+    app.register_blueprint(devices_blueprint(login_url="/login"), url_prefix=PAGE)
+    client = app.test_client()
+    answers = [client.get(PAGE), client.post(f"{PAGE}/sign-out"), client.post(f"{PAGE}/sign-out-others")]
+    assert [answer.status_code for answer in answers] == [501] * 3
+    assert all("cannot be listed" in Page(answer.text).text for answer in answers)
+    assert "PERSIST_SESSION_ENABLED is False" in caplog.text
+
+
+def test_the_page_needs_server_side_sessions() -> None:
+    """Where the extension was forgotten the error says what is missing."""
+    app = Flask("tested")
+    app.config.update(SECRET_KEY="a secret for tests", TESTING=True)
     app.register_blueprint(devices_blueprint(), url_prefix=PAGE)
     with pytest.raises(ConfigError, match="server-side sessions"):
         app.test_client().get(PAGE)
+
+
+def test_the_application_asks_for_the_password_first(make_app: MakeApp, clock: Clock) -> None:
+    """A ``before_request`` of the blueprint stands before the page and its forms; ``created_at`` has the sign-in."""
+    app = make_app()
+    manager_of(app).clock = clock
+    add_views(app)
+    blueprint = devices_blueprint()
+
+    @blueprint.before_request
+    def ask() -> Any:
+        long_ago = session.created_at is not None and clock() - session.created_at > 300  # type: ignore[attr-defined]
+        return redirect("/confirm") if long_ago else None
+
+    @app.get("/confirm")
+    def confirm() -> str:
+        session.bind(session.user_id, session.tenant_id)  # type: ignore[attr-defined]
+        return ""
+
+    app.register_blueprint(blueprint, url_prefix=PAGE)
+    client = signed_in(app)
+    action, form = page(client).forms[0]
+    clock.advance(301)
+    assert [client.get(PAGE).location, client.post(action, data=form).location] == ["/confirm"] * 2
+    client.get("/confirm")
+    action, form = page(client).forms[0]
+    assert client.post(action, data=form).status_code == 303
+    assert user(client) == "None"
 
 
 def test_without_the_library_the_extra_is_named() -> None:

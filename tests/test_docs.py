@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -159,6 +160,28 @@ def test_errors_page_has_each_error_and_no_other() -> None:
     assert all("When: " in text and "What to do: " in text for text in documented.values())
 
 
+# The manager ----------------------------------------------------------------------------------------------------------
+
+METHODS = [heading.strip("`") for heading in sections("manager.md") if heading.startswith("`")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_is_described_with_its_arguments(name: str) -> None:
+    """Each method on the page of the manager exists, and its section names all of its arguments."""
+    section = sections("manager.md")[f"`{name}`"]
+    arguments = list(inspect.signature(getattr(SessionManager, name)).parameters)[1:]
+    assert section.lstrip().startswith(f"`{name}(")
+    assert [argument for argument in arguments if not re.search(rf"\b{argument}\b", section)] == []
+
+
+def test_manager_page_has_what_applications_need() -> None:
+    """No method is left out that creates, finds, changes or ends sessions outside of requests."""
+    assert {
+        *("create", "get", "load", "find", "judge", "look_up", "inspect", "stats", "save", "renew"),
+        *("end", "revoke", "revoke_user", "revoke_all", "delete", "cleanup"),
+    } <= set(METHODS)
+
+
 # Stores ---------------------------------------------------------------------------------------------------------------
 
 #: A URL of each scheme that opens without a server; the test below notices a scheme that is missing here.
@@ -263,6 +286,7 @@ def applications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     yield made
     os.environ.clear()
     os.environ.update(environment)
+    logging.getLogger("flask_persist_session").setLevel(logging.NOTSET)
     for app in made:
         app.extensions["persist_session"].store.close()
 

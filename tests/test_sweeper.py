@@ -48,6 +48,7 @@ def test_a_sweep_removes_what_has_expired(manager: SessionManager, clock: Clock,
     assert [record.id for record in manager.store.scan()] == [active.id]
     [line] = [entry.getMessage() for entry in caplog.records]
     assert "3 expired, 0 ended" in line
+    assert [(entry.name, entry.levelname) for entry in caplog.records] == [("flask_persist_session", "INFO")]
 
 
 def test_one_of_all_processes_sweeps(shared_url: str, clock: Clock) -> None:

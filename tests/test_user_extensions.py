@@ -8,9 +8,9 @@ from typing import Any
 
 import peewee
 import pytest
-from flask import Flask, current_app, g, session
+from flask import Flask, current_app, g, redirect, request, session, url_for
 from flask.testing import FlaskClient
-from flask_login import LoginManager, login_user
+from flask_login import LoginManager, login_required, login_user
 from flask_login import UserMixin as LoginUserMixin
 from flask_principal import AnonymousIdentity, Identity, Principal, identity_changed
 from flask_security import PeeweeUserDatastore, RoleMixin, Security, UserMixin, auth_required, current_user, hash_password
@@ -272,6 +272,82 @@ def test_a_remember_cookie_signs_in_again(make_app: MakeApp) -> None:
     assert client.get("/me").text == "Ada"
     assert len(active(app, "Ada")) == 1
     assert active(app, "Ada") != revoked
+
+
+@pytest.fixture
+def guarded(make_app: MakeApp) -> tuple[Flask, LoginManager]:
+    """An application whose only page needs a sign-in, and whose login page tells why the last session ended."""
+    app = make_app()
+    login_manager = LoginManager(app)
+    login_manager.user_loader(Member)
+    login_manager.login_view = "login"
+
+    @app.get("/sign-in")
+    def sign_in() -> str:
+        login_user(Member("Ada"))
+        return ""
+
+    @app.get("/account")
+    @login_required  # type: ignore[untyped-decorator]
+    def account() -> str:
+        return "Ada's"
+
+    @app.get("/login")
+    def login() -> str:
+        return f"{request.args.get('reason')}, {session.end_reason}"  # type: ignore[attr-defined]
+
+    return app, login_manager
+
+
+def reason_after_revocation(app: Flask) -> str:
+    """What the login page says to a user whose session was revoked."""
+    client = app.test_client()
+    client.get("/sign-in")
+    manager_of(app).revoke_user("Ada")
+    return client.get("/account", follow_redirects=True).text
+
+
+def test_the_message_of_flask_login_hides_why_a_session_ended(guarded: tuple[Flask, LoginManager]) -> None:
+    """It is flashed, which begins a session whose cookie takes the place of the one that was revoked."""
+    app, _ = guarded
+    assert reason_after_revocation(app) == "None, None"
+
+
+def test_an_unauthorized_handler_passes_on_why_a_session_ended(guarded: tuple[Flask, LoginManager]) -> None:
+    """It reads the reason in the request that came with the revoked session."""
+    app, login_manager = guarded
+
+    @login_manager.unauthorized_handler  # type: ignore[untyped-decorator]
+    def send_to_login() -> Any:
+        return redirect(url_for("login", reason=session.end_reason))  # type: ignore[attr-defined]
+
+    assert reason_after_revocation(app) == "revoked, revoked"
+
+
+def test_without_its_message_flask_login_leaves_the_reason(guarded: tuple[Flask, LoginManager]) -> None:
+    """Nothing is put into the session, so the login page reads the reason itself."""
+    app, login_manager = guarded
+    login_manager.login_message = None
+    assert reason_after_revocation(app) == "None, revoked"
+
+
+def test_login_user_over_another_user_keeps_the_data(guarded: tuple[Flask, LoginManager]) -> None:
+    """The session becomes Bob's with what Ada put in; her session has ended."""
+    app, _ = guarded
+    add_pages(app)
+
+    @app.get("/switch")
+    def switch() -> str:
+        login_user(Member("Bob"))
+        return ""
+
+    client = app.test_client()
+    for path in ("/sign-in", "/cart", "/switch"):
+        client.get(path)
+    data = client.get("/data").json
+    assert data is not None
+    assert (data["user_id"], "cart" in data["keys"]) == ("Bob", True)
+    assert active(app, "Ada") == []
 
 
 # By hand --------------------------------------------------------------------------------------------------------------

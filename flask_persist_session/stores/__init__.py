@@ -104,6 +104,8 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
             f"the store URL {_hidden(url)!r} cannot be read: the port must be a number up to 65535, and characters such "
             "as / # ? @ in a password must be percent-encoded"
         ) from None
+    if not parts.scheme and not parts.netloc and parts.path and "@" not in parts.path:
+        raise ConfigError(_no_url(parts.path))
     if parts.scheme not in schemes:
         near = difflib.get_close_matches(parts.scheme, schemes, n=1)
         hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
@@ -113,6 +115,14 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
     if len(options) < len(given):
         raise ConfigError(f"the store URL {redacted(parts)!r} has an option twice")
     return Location(parts._replace(query=""), options, base_path)
+
+
+def _no_url(path: str) -> str:
+    slashes = "//" if path.startswith("/") else ""
+    return (
+        f"the store {path!r} is a path and no URL; write file:{slashes}{path} for a directory of files, or "
+        f"sqlite:///{path} for a database"
+    )
 
 
 def make_directory(path: str) -> None:

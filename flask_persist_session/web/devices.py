@@ -25,6 +25,7 @@ from flask import (
 from flask.typing import ResponseReturnValue
 from itsdangerous import Signer, want_bytes
 
+from ..config import PREFIX
 from ..exceptions import ConfigError, UnsupportedByStore
 from ..extension import PersistSession
 from ..interface import secret_keys
@@ -146,6 +147,8 @@ class _Page:
         """The session of this request, if it is a user's; other visitors are sent away."""
         current = session._get_current_object()  # type: ignore[attr-defined]
         if not isinstance(current, Session):
+            if current_app.config.get(f"{PREFIX}ENABLED") is False:
+                raise UnsupportedByStore(f"{PREFIX}ENABLED is False, and sessions in Flask's cookie cannot be listed")
             raise ConfigError("the page of devices needs server-side sessions: call PersistSession(app), set SECRET_KEY")
         if current.user_id is None:
             url = self._find_login_url()
