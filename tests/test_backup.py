@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
