@@ -20,7 +20,10 @@ from .exceptions import PersistSessionError, SerializationError, SessionNotFound
 from .records import SessionRecord, State
 
 if TYPE_CHECKING:
+    from .extension import PersistSession
+    from .lookup import SessionDetails
     from .manager import SessionManager
+    from .monthly_archive import ArchivedSession
 
 #: So many users a question names.
 _NAMED = 5
@@ -122,13 +125,14 @@ def show(session_id: str, as_json: bool) -> None:
     The data belongs to the session's user and may be secret: mind who looks on, and where the output goes.
     """
     manager = _manager()
-    details = manager.inspect(session_id)
     now = manager.clock()
+    details, archived = _find(session_id)
     if as_json:
-        known = describe.as_json(details.record, details.state)
+        known = describe.archived_as_json(archived) if archived else describe.as_json(details.record, details.state)
         click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
         return
-    for label, value in describe.facts(details.record, now):
+    facts = describe.archived_facts(archived, now) if archived else describe.facts(details.record, now)
+    for label, value in facts:
         click.echo(f"{label:<9} {value}")
     for key, size in details.sizes.items():
         click.echo(f"\n{terminal.escape(repr(key))}: {terminal.size(size)}")
@@ -140,10 +144,30 @@ def show(session_id: str, as_json: bool) -> None:
 @click.argument("session_id", metavar="ID")
 def why(session_id: str) -> None:
     """Say whether a session is active and until when, or why it ended and when."""
+    details, archived = _find(session_id)
+    now = _manager().clock()
+    fate = describe.archived_fate(archived, now) if archived else describe.fate(details.record, now)
+    click.echo(f"session {details.record.id} of {terminal.owner(details.record)} {fate}")
+
+
+def _find(session_id: str) -> tuple[SessionDetails, ArchivedSession | None]:
+    """All that is known of a session, and whether that is from an archive, because the store has it no more."""
     manager = _manager()
-    details = manager.inspect(session_id)
-    now = manager.clock()
-    click.echo(f"session {details.record.id} of {terminal.owner(details.record)} {describe.fate(details.record, now)}")
+    try:
+        return manager.inspect(session_id), None
+    except SessionNotFound as error:
+        archived = _search_archives(session_id) if error.missing else None
+        if archived is None:
+            raise
+        return manager.inspect(archived.record), archived
+
+
+def _search_archives(beginning: str) -> ArchivedSession | None:
+    archive = _extension().archive
+    if archive is None:
+        return None
+    with _progress(archive.size(), "searching the archives") as advance:
+        return archive.search(beginning, advance)
 
 
 @sessions_cli.command()
@@ -223,7 +247,7 @@ def _revoke_user(manager: SessionManager, user: str, tenant: str | None, yes: bo
 def _revoke_all(manager: SessionManager, yes: bool) -> None:
     active = manager.stats().active
     _confirm(f"Revoke {_count(active)}, those of all users and visitors of {current_app.name!r}?", yes)
-    with _progress(active) as advance:
+    with _progress(active, "revoking") as advance:
         ended = manager.revoke_all(on_batch=advance)
     click.echo(f"revoked {_count(ended)}")
 
@@ -252,16 +276,16 @@ def _confirm(question: str, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-def _progress(length: int) -> AbstractContextManager[Callable[[int], object]]:
-    """A bar on a terminal, nothing elsewhere; gives what to call with each number of sessions done."""
+def _progress(length: int, label: str) -> AbstractContextManager[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere; gives what to call with how much more was done."""
     if not sys.stderr.isatty():
         return nullcontext(lambda _: None)
-    return _bar(length)
+    return _bar(length, label)
 
 
 @contextmanager
-def _bar(length: int) -> Iterator[Callable[[int], object]]:
-    with click.progressbar(length=length, label="revoking", file=sys.stderr) as bar:
+def _bar(length: int, label: str) -> Iterator[Callable[[int], object]]:
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
         yield bar.update
 
 
@@ -275,10 +299,14 @@ def _owners(records: Iterable[SessionRecord]) -> str:
     return ", ".join(owners[:_NAMED]) + more
 
 
-def _manager() -> SessionManager:
+def _extension() -> PersistSession:
     from .extension import PersistSession
 
-    return PersistSession().manager
+    return PersistSession()
+
+
+def _manager() -> SessionManager:
+    return _extension().manager
 
 
 def _echo_largest(title: str, counts: Mapping[str, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -59,6 +60,9 @@ class Config:
     """Largest encoded payload of one session, in bytes."""
     cleanup_interval: float = 600.0
     """Seconds between two cleanups in the background; 0: none."""
+    archive_dir: str | None = None
+    """Directory of archives, to which cleanups add sessions before they remove them; relative ones start in the instance
+    folder. ``None``: they are removed without."""
     no_store: bool = False
     """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
     enabled: bool = True
@@ -149,6 +153,15 @@ def _policy(key: str, value: Any) -> CapPolicy:
     return cast(CapPolicy, value)
 
 
+def _directory(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise _wrong(key, value, "the path of a directory, or None")
+    return path
+
+
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(key, value, "True or False (true or false in the environment)")
@@ -185,6 +198,7 @@ _CHECKS = {
     "track_devices": _flag,
     "max_bytes": _size,
     "cleanup_interval": _duration,
+    "archive_dir": _directory,
     "no_store": _flag,
     "enabled": _flag,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import partial
 
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
@@ -12,6 +14,7 @@ from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
+from .monthly_archive import MonthlyArchive
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
@@ -29,6 +32,7 @@ class _State:
     store: SessionStore
     manager: SessionManager
     sweeper: Sweeper | None
+    archive: MonthlyArchive | None
 
 
 class PersistSession:
@@ -61,7 +65,8 @@ class PersistSession:
             store = open_store(config.store, base_path=app.instance_path)
         except ConfigError as error:
             raise ConfigError(f"{PREFIX}STORE: {error}") from error
-        _check_caps(config, store)
+        _check_lists(config, store)
+        archive = _open_archive(config, app.instance_path)
         manager = SessionManager(
             store,
             Codec(config.serializer, keys=lambda: secret_keys(app)),
@@ -74,10 +79,11 @@ class PersistSession:
             max_per_user=config.max_per_user,
             cap_policy=config.cap_policy,
             max_sessions=config.max_sessions,
+            archive=partial(archive.add, "web") if archive else None,
             sender=app,
         )
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
-        app.extensions[_KEY] = _State(config, store, manager, sweeper)
+        app.extensions[_KEY] = _State(config, store, manager, sweeper, archive)
         app.session_interface = PersistSessionInterface(
             manager,
             no_store=config.no_store,
@@ -108,15 +114,32 @@ class PersistSession:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
 
+    @property
+    def archive(self) -> MonthlyArchive | None:
+        """The archives of sessions that cleanups removed; ``None`` without ``PERSIST_SESSION_ARCHIVE_DIR``. Raises as
+        ``manager`` does."""
+        return _state().archive
 
-def _check_caps(config: Config, store: SessionStore) -> None:
-    cap = "MAX_PER_USER" if config.max_per_user else "MAX_SESSIONS" if config.max_sessions else None
-    if cap is None:
+
+def _open_archive(config: Config, base_path: str) -> MonthlyArchive | None:
+    if config.archive_dir is None:
+        return None
+    directory = os.path.join(base_path, config.archive_dir)
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+        raise ConfigError(f"{PREFIX}ARCHIVE_DIR is {config.archive_dir!r}, and {directory} is there and no directory")
+    return MonthlyArchive(directory)
+
+
+def _check_lists(config: Config, store: SessionStore) -> None:
+    """Refuse settings of which nothing would come with a store that cannot list."""
+    wanted = {"MAX_PER_USER": config.max_per_user, "MAX_SESSIONS": config.max_sessions, "ARCHIVE_DIR": config.archive_dir}
+    setting = next((name for name, value in wanted.items() if value), None)
+    if setting is None:
         return
     try:
         store.scan()  # nothing is read yet
     except UnsupportedByStore as error:
-        raise ConfigError(f"{PREFIX}{cap} needs a store that can list its sessions: {error}") from error
+        raise ConfigError(f"{PREFIX}{setting} needs a store that can list its sessions: {error}") from error
 
 
 def _state() -> _State:

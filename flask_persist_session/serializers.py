@@ -573,8 +573,8 @@ def record_of(
     session_id: str,
     user_id: str | None,
     tenant_id: str | None,
-    tags: str,
-    metadata: str,
+    tags: str | list[str],
+    metadata: str | dict[str, JSON],
     data: bytes,
     created_at: float,
     accessed_at: float,
@@ -583,7 +583,7 @@ def record_of(
     end_reason: str | None,
     version: int,
 ) -> SessionRecord:
-    """A record of its fields in the order of ``SessionRecord``, tags and metadata as their dumped text.
+    """A record of its fields in the order of ``SessionRecord``, tags and metadata as JSON or what was read of it.
 
     Raises ``TypeError`` or ``ValueError`` if a field is damaged: not every store keeps types apart.
     """
@@ -632,11 +632,11 @@ def dump_tags(tags: frozenset[str]) -> str:
     return json.dumps(sorted(tags)) if tags else ""
 
 
-def load_tags(text: str) -> frozenset[str]:
-    """The tags of ``dump_tags``. Raises ``ValueError`` or ``TypeError`` for other text."""
+def load_tags(text: str | list[str]) -> frozenset[str]:
+    """The tags of ``dump_tags``, or of its list. Raises ``ValueError`` or ``TypeError`` for anything else."""
     if not text:
         return _NO_TAGS
-    tags = frozenset(json.loads(text))
+    tags = frozenset(json.loads(text) if type(text) is str else text)
     if not all(type(tag) is str for tag in tags):
         raise TypeError("a tag is no text")
     return tags
@@ -652,9 +652,9 @@ def dump_metadata(metadata: Mapping[str, JSON]) -> str:
         raise SerializationError(f"metadata must be JSON (str, int, float, bool, None, list, dict): {error}") from error
 
 
-def load_metadata(text: str) -> dict[str, JSON]:
-    """The metadata of ``dump_metadata``. Raises ``ValueError`` for other text."""
-    metadata = json.loads(text) if text else {}
+def load_metadata(text: str | dict[str, JSON]) -> dict[str, JSON]:
+    """The metadata of ``dump_metadata``, or of its mapping. Raises ``ValueError`` for anything else."""
+    metadata = json.loads(text) if text and type(text) is str else text or {}
     if type(metadata) is not dict:
         raise ValueError("metadata is no JSON object")
     return metadata
