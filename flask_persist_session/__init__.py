@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .cleanup import CleanupReport
 from .exceptions import (
+    BackupError,
     ConfigError,
     PersistSessionError,
     SerializationError,
@@ -51,6 +52,7 @@ from .stores import open_store
 from .stores.base import SessionStore
 
 __all__ = [
+    "BackupError",
     "Change",
     "CleanupReport",
     "ConfigError",
