@@ -19,6 +19,7 @@ from .exceptions import (
 from .extension import PersistSession
 from .lookup import SessionDetails
 from .manager import SessionManager
+from .monthly_archive import ArchivedSession, MonthlyArchive
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
@@ -52,11 +53,13 @@ from .stores import open_store
 from .stores.base import SessionStore
 
 __all__ = [
+    "ArchivedSession",
     "BackupError",
     "Change",
     "CleanupReport",
     "ConfigError",
     "Deletion",
+    "MonthlyArchive",
     "PersistSession",
     "PersistSessionError",
     "SerializationError",

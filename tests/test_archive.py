@@ -24,9 +24,18 @@ import pytest
 from cachelib import SimpleCache
 from flask import Flask
 
-from flask_persist_session import BackupError, Change, ConfigError, SessionManager, SessionRecord, SessionStore, open_store
+from flask_persist_session import (
+    BackupError,
+    Change,
+    ConfigError,
+    MonthlyArchive,
+    SessionManager,
+    SessionRecord,
+    SessionStore,
+    open_store,
+)
 from flask_persist_session import monthly_archive as format_
-from flask_persist_session.monthly_archive import MonthlyArchive, is_monthly_archive, opened, read_archive, verify
+from flask_persist_session.monthly_archive import is_monthly_archive, opened, read_archive, verify
 from flask_persist_session.record_lines import dump_record, load_record
 from flask_persist_session.sweeper import Sweeper
 from flask_persist_session.testing import make_record
