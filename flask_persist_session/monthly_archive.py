@@ -34,7 +34,8 @@ _LENGTH = struct.Struct("<I")
 _TRAILER = struct.Struct("<II")
 _HEADER_BYTES = len(_START) + _LENGTH.size
 _GZIP, _RAW = 31, -15
-_LEVEL = 6
+#: 6 takes two and a half times as long, for 3 % less on the disk.
+_LEVEL = 3
 #: A member is closed when it has grown to this; a record that is larger has one of its own.
 _MEMBER_BYTES = 1024 * 1024
 #: No larger member is read, whatever a file says of itself.
