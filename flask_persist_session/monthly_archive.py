@@ -138,12 +138,11 @@ class MonthlyArchive:
         for path in self._paths():
             try:
                 with opened(path) as file:
-                    found = _search(file, beginning, progress)
+                    line = _search(file, beginning, progress)
+                    if line is not None:
+                        return _parsed(line, path)
             except BackupError as error:
                 problem = problem or error
-                continue
-            if found is not None:
-                return _parsed(found, path)
         if problem is not None:
             raise problem
         return None
@@ -327,7 +326,7 @@ def _parsed(line: bytes, path: str) -> ArchivedSession:
             record=record, namespace=str(fields["namespace"]), archived_at=float(fields["archived_at"]), path=path
         )
     except (SerializationError, *DAMAGED) as error:
-        raise BackupError(f"the archive {path} has a line that is no session: {error}") from error
+        raise BackupError(f"it has a line that is no session: {error}") from error
 
 
 # Restoring ------------------------------------------------------------------------------------------------------------

@@ -34,13 +34,13 @@ def dump_record(record: SessionRecord, **more: JSON) -> bytes:
     return _encode(fields).encode() + b"\n"
 
 
-def load_record(line: bytes) -> SessionRecord:
-    """The record of a line. Raises ``SerializationError`` for any other line."""
-    return load_line(line)[0]
+def load_record(line: bytes, *, version: int | None = None) -> SessionRecord:
+    """The record of a line, as this *version* of it if one is given. Raises ``SerializationError`` for any other line."""
+    return load_line(line, version=version)[0]
 
 
-def load_line(line: bytes) -> tuple[SessionRecord, Mapping[str, Any]]:
-    """The record of a line, and all fields of the line. Raises ``SerializationError`` for any other line."""
+def load_line(line: bytes, *, version: int | None = None) -> tuple[SessionRecord, Mapping[str, Any]]:
+    """The record of a line as ``load_record`` reads it, and all fields of the line."""
     try:
         fields = json.loads(line)
         record = record_of(
@@ -55,7 +55,7 @@ def load_line(line: bytes) -> tuple[SessionRecord, Mapping[str, Any]]:
             fields["expires_at"],
             fields["ended_at"],
             fields["end_reason"],
-            fields["version"],
+            fields["version"] if version is None else version,
         )
     except DAMAGED as error:
         raise SerializationError(f"the line is no session record: {type(error).__name__}: {error}") from error
