@@ -238,7 +238,7 @@ def test_what_a_crash_left_unfinished_is_cut_off(directory: Path, cut: int) -> N
     MonthlyArchive(str(directory)).add("web", [expired(1)], NOW)
     path = directory / NAME
     whole = path.read_bytes()
-    MonthlyArchive(str(directory)).add("web", [expired(2)], NOW)
+    MonthlyArchive(str(directory)).add("web", [expired(2, data=os.urandom(5000))], NOW)
     added = path.read_bytes()[len(whole) :]
     path.write_bytes(whole + added[:cut])
     assert [record.id for _, record in read_archive(str(path), now=NOW)] == [expired(1).id]
