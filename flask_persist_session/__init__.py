@@ -20,6 +20,7 @@ from .exceptions import (
 from .extension import PersistSession
 from .lookup import SessionDetails
 from .manager import SessionManager
+from .monthly_archive import ArchivedSession, MonthlyArchive
 from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
@@ -56,6 +57,7 @@ from .stores.base import SessionStore
 from .upgrade import ImportReport
 
 __all__ = [
+    "ArchivedSession",
     "BackupCreated",
     "BackupError",
     "BackupReport",
@@ -64,6 +66,7 @@ __all__ = [
     "ConfigError",
     "Deletion",
     "ImportReport",
+    "MonthlyArchive",
     "PersistSession",
     "PersistSessionError",
     "RestoreReport",

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TypeAlias
 
 from .announcer import Announcer
 from .records import Deletion, SessionQuery, SessionRecord, State
 from .stores.base import SessionStore
+
+#: Puts sessions where they are kept after their removal, at a moment in seconds since the epoch.
+Archive: TypeAlias = Callable[[list[SessionRecord], float], object]
 
 _BATCH = 500
 
@@ -35,15 +39,22 @@ class Cleanup:
 
     :param now: the moment at which everything is judged, in seconds since the epoch.
     :param deliver: calls what sends an event, in its own way.
+    :param archive: is given each batch and *now* before the batch is removed; nothing of it is removed if this raises.
     """
 
     def __init__(
-        self, store: SessionStore, announcer: Announcer, now: float, deliver: Callable[[Callable[[], object]], object]
+        self,
+        store: SessionStore,
+        announcer: Announcer,
+        now: float,
+        deliver: Callable[[Callable[[], object]], object],
+        archive: Archive | None = None,
     ) -> None:
         self._store = store
         self._announcer = announcer
         self._now = now
         self._deliver = deliver
+        self._archive = archive
 
     def run(self, *, idle_since: float | None, dry_run: bool, stop: Callable[[], bool]) -> CleanupReport:
         """Remove, or with *dry_run* only count; active sessions without a request since *idle_since* too."""
@@ -69,7 +80,9 @@ class Cleanup:
             yield SessionQuery(state="active", now=self._now, accessed_before=idle_since)
 
     def _remove(self, records: list[SessionRecord]) -> list[SessionRecord]:
-        """Remove just these versions; returns those that were removed."""
+        """Archive and remove just these versions; returns those that were removed."""
+        if self._archive is not None:
+            self._archive(records, self._now)
         gone = self._store.delete_many([Deletion(id=record.id, expected=record.version) for record in records])
         return [record for record, removed in zip(records, gone, strict=True) if removed]
 

@@ -20,7 +20,9 @@ from .records import SessionRecord, State
 
 if TYPE_CHECKING:
     from .extension import PersistSession
+    from .lookup import SessionDetails
     from .manager import SessionManager
+    from .monthly_archive import ArchivedSession
 
 #: So many users a question names.
 _NAMED = 5
@@ -133,13 +135,14 @@ def show(session_id: str, as_json: bool) -> None:
     The data belongs to the session's user and may be secret: mind who looks on, and where the output goes.
     """
     manager = _manager()
-    details = manager.inspect(session_id)
     now = manager.clock()
+    details, archived = _find(session_id)
     if as_json:
-        known = describe.as_json(details.record, details.state)
+        known = describe.archived_as_json(archived) if archived else describe.as_json(details.record, details.state)
         click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
         return
-    for label, value in describe.facts(details.record, now):
+    facts = describe.archived_facts(archived, now) if archived else describe.facts(details.record, now)
+    for label, value in facts:
         click.echo(f"{label:<9} {value}")
     for key, size in details.sizes.items():
         click.echo(f"\n{terminal.escape(repr(key))}: {terminal.size(size)}")
@@ -151,10 +154,30 @@ def show(session_id: str, as_json: bool) -> None:
 @click.argument("session_id", metavar="ID")
 def why(session_id: str) -> None:
     """Say whether a session is active and until when, or why it ended and when."""
+    details, archived = _find(session_id)
+    now = _manager().clock()
+    fate = describe.archived_fate(archived, now) if archived else describe.fate(details.record, now)
+    click.echo(f"session {details.record.id} of {terminal.owner(details.record)} {fate}")
+
+
+def _find(session_id: str) -> tuple[SessionDetails, ArchivedSession | None]:
+    """All that is known of a session, and whether that is from an archive, because the store has it no more."""
     manager = _manager()
-    details = manager.inspect(session_id)
-    now = manager.clock()
-    click.echo(f"session {details.record.id} of {terminal.owner(details.record)} {describe.fate(details.record, now)}")
+    try:
+        return manager.inspect(session_id), None
+    except SessionNotFound as error:
+        archived = _search_archives(session_id) if error.missing else None
+        if archived is None:
+            raise
+        return manager.inspect(archived.record), archived
+
+
+def _search_archives(beginning: str) -> ArchivedSession | None:
+    archive = extension().archive
+    if archive is None:
+        return None
+    with terminal.progress("searching the archives", archive.size()) as advance:
+        return archive.search(beginning, advance)
 
 
 @sessions_cli.command()

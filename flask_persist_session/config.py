@@ -68,6 +68,9 @@ class Config:
     """Seconds between two backups that are made in the background; 0: none."""
     backup_keep: int = 7
     """How many archives stay in the directory after a backup in the background; 0: all."""
+    archive_dir: str | None = None
+    """Directory of archives, to which cleanups add sessions before they remove them; relative ones start in the instance
+    folder. ``None``: they are removed without."""
     no_store: bool = False
     """Add ``Cache-Control: no-store`` to responses that used the session and have no ``Cache-Control`` of their own."""
     upgrade_from: tuple[str, ...] = field(default=(), repr=False)
@@ -220,6 +223,7 @@ _CHECKS = {
     "backup_dir": _directory,
     "backup_interval": _duration,
     "backup_keep": _count,
+    "archive_dir": _directory,
     "no_store": _flag,
     "upgrade_from": _origins,
     "enabled": _flag,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import terminal
+from .monthly_archive import ArchivedSession
 from .records import JSON, SessionRecord, State
 from .session import LAST_SEEN, SIGN_IN
 
@@ -116,3 +117,32 @@ def fate(record: SessionRecord, now: float) -> str:
     meaning = _REASONS.get(record.end_reason or "", "a reason that the application gave")
     reason = terminal.escape(record.end_reason or "")
     return f'ended at {terminal.both(record.ended_at or now, now)} with the reason "{reason}": {meaning}'
+
+
+# Sessions that are in an archive only ---------------------------------------------------------------------------------
+
+
+def archived_as_json(archived: ArchivedSession) -> dict[str, Any]:
+    """What JSON tells of an archived session: its state when it was archived, and where it is."""
+    known = as_json(archived.record, archived.record.state(archived.archived_at))
+    return {**known, "archived_at": archived.archived_at, "archive": archived.path}
+
+
+def archived_facts(archived: ArchivedSession, now: float) -> Iterator[tuple[str, str]]:
+    """What is known of an archived session, each with a label."""
+    yield "archived", f"{terminal.both(archived.archived_at, now)}, in {terminal.escape(archived.path)}"
+    for label, value in facts(archived.record, now):
+        yield label, "removed as idle" if label == "state" and _was_idle(archived) else value
+
+
+def archived_fate(archived: ArchivedSession, now: float) -> str:
+    """What became of an archived session, to follow its name."""
+    removed = f"removed from the store at {terminal.both(archived.archived_at, now)}"
+    if _was_idle(archived):
+        last = terminal.both(archived.record.accessed_at, now)
+        return f"was idle and {removed}; its last change or renewal was at {last}"
+    return f"{fate(archived.record, now)}; {removed}"
+
+
+def _was_idle(archived: ArchivedSession) -> bool:
+    return archived.record.state(archived.archived_at) == "active"

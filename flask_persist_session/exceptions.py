@@ -31,6 +31,11 @@ class SessionConflict(PersistSessionError):
 class SessionNotFound(PersistSessionError):
     """No session has the id that was looked up, or several have the beginning of it; the message says which."""
 
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+        """Whether what was looked up is, or begins, the id of no session."""
+
 
 class SessionLimitReached(PersistSessionError):
     """No further session is allowed: of this user (inside a request an HTTP 409), or in the whole store (a 503)."""

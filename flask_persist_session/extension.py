@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
@@ -21,6 +22,7 @@ from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, Unsu
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
+from .monthly_archive import MonthlyArchive
 from .origins import Origin, open_origin
 from .serializers import Codec
 from .stores import open_store
@@ -45,6 +47,7 @@ class _State:
     announcer: Announcer
     backup_dir: str
     automatic_backup: AutomaticBackup | None
+    archive: MonthlyArchive | None
 
     @property
     def managers(self) -> Managers:
@@ -87,7 +90,8 @@ class PersistSession:
         store = _open(app, config.store, "STORE")
         if config.migrate_from is not None:
             store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
-        _check_caps(config, store)
+        _check_lists(config, store)
+        archive = _open_archive(config, app.instance_path)
         manager = SessionManager(
             store,
             Codec(config.serializer, keys=lambda: secret_keys(app)),
@@ -100,6 +104,7 @@ class PersistSession:
             max_per_user=config.max_per_user,
             cap_policy=config.cap_policy,
             max_sessions=config.max_sessions,
+            archive=partial(archive.add, "web") if archive else None,
             sender=app,
         )
         sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
@@ -110,7 +115,7 @@ class PersistSession:
             if config.backup_interval
             else None
         )
-        state = _State(config, store, manager, sweeper, origins, announcer, folder, backups)
+        state = _State(config, store, manager, sweeper, origins, announcer, folder, backups, archive)
         app.extensions[_KEY] = state
         app.session_interface = PersistSessionInterface(
             manager,
@@ -194,6 +199,12 @@ class PersistSession:
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
+
+    @property
+    def archive(self) -> MonthlyArchive | None:
+        """The archives of sessions that cleanups removed; ``None`` without ``PERSIST_SESSION_ARCHIVE_DIR``. Raises as
+        ``manager`` does."""
+        return _state().archive
 
     def backup(
         self,
@@ -282,14 +293,25 @@ def _open(app: Flask, store: str | SessionStore | object, source: str) -> Sessio
         raise ConfigError(f"{PREFIX if source.isupper() else ''}{source}: {error}") from error
 
 
-def _check_caps(config: Config, store: SessionStore) -> None:
-    cap = "MAX_PER_USER" if config.max_per_user else "MAX_SESSIONS" if config.max_sessions else None
-    if cap is None:
+def _open_archive(config: Config, base_path: str) -> MonthlyArchive | None:
+    if config.archive_dir is None:
+        return None
+    directory = os.path.join(base_path, config.archive_dir)
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+        raise ConfigError(f"{PREFIX}ARCHIVE_DIR is {config.archive_dir!r}, and {directory} is there and no directory")
+    return MonthlyArchive(directory)
+
+
+def _check_lists(config: Config, store: SessionStore) -> None:
+    """Refuse settings of which nothing would come with a store that cannot list."""
+    wanted = {"MAX_PER_USER": config.max_per_user, "MAX_SESSIONS": config.max_sessions, "ARCHIVE_DIR": config.archive_dir}
+    setting = next((name for name, value in wanted.items() if value), None)
+    if setting is None:
         return
     try:
         store.scan()  # nothing is read yet
     except UnsupportedByStore as error:
-        raise ConfigError(f"{PREFIX}{cap} needs a store that can list its sessions: {error}") from error
+        raise ConfigError(f"{PREFIX}{setting} needs a store that can list its sessions: {error}") from error
 
 
 def _open_origins(app: Flask, manager: SessionManager, urls: Sequence[str], source: str) -> list[Origin]:

@@ -51,12 +51,11 @@ class Lookup:
                 "backup, or remove it with manager.delete(id)"
             ) from error
         if record is None:
-            raise SessionNotFound(self._missing(whole))
+            raise self._missing(whole)
         return self._lifetime.judged(record)
 
-    def details(self, session_id: str) -> SessionDetails:
-        """The record of an id or the beginning of one, with its data decoded."""
-        record = self.record(session_id)
+    def details(self, record: SessionRecord) -> SessionDetails:
+        """*record* with its data decoded."""
         state = self._lifetime.state(record)
         try:
             data = {} if state == "ended" else self._codec.decode(record.data)
@@ -82,7 +81,7 @@ class Lookup:
                 f"{beginning} begins the ids of several sessions: give more digits of {' or '.join(found)}"
             )
         if not found:
-            raise SessionNotFound(self._missing(beginning))
+            raise self._missing(beginning)
         return found[0]
 
     def _beginning_with(self, prefix: str) -> list[str]:
@@ -91,12 +90,13 @@ class Lookup:
         except UnsupportedByStore as error:
             raise UnsupportedByStore(f"give the whole id, all 67 digits: {error}") from error
 
-    def _missing(self, session_id: str) -> str:
-        return (
+    def _missing(self, session_id: str) -> SessionNotFound:
+        message = (
             f"no session {session_id}: it never existed, or was removed by a cleanup, which "
             f"takes expired sessions at once and ended ones after {_in_words(self._lifetime.keep_ended)} "
             "(PERSIST_SESSION_KEEP_ENDED)"
         )
+        return SessionNotFound(message, missing=True)
 
 
 def _in_words(seconds: float) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from . import tokens
 from .announcer import Announcer
 from .caps import StoreCap, UserCap
-from .cleanup import Cleanup, CleanupReport, batches
+from .cleanup import Archive, Cleanup, CleanupReport, batches
 from .config import CapPolicy
 from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
 from .lifetime import LIFETIME, Lifetime, check_lifetime
@@ -55,6 +55,8 @@ class SessionManager:
     :param max_per_user: how many active sessions a user may have within a tenant; 0: any number.
     :param cap_policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
     :param max_sessions: how many sessions the store may keep, in whatever state; 0: any number.
+    :param archive: is given the sessions that a cleanup is about to remove, and the moment at which it began; if it raises,
+        they stay. ``None``: they are removed without.
     :param clock: returns the current time in seconds since the epoch.
     :param sender: sender of the signals; the manager itself if not given.
     """
@@ -73,6 +75,7 @@ class SessionManager:
         max_per_user: int = 0,
         cap_policy: CapPolicy = "evict_oldest",
         max_sessions: int = 0,
+        archive: Archive | None = None,
         clock: Callable[[], float] = time.time,
         sender: object = None,
     ) -> None:
@@ -81,6 +84,7 @@ class SessionManager:
         self._codec = codec or Codec()
         self._max_bytes = max_bytes
         self._user_key = user_key
+        self._archive = archive
         self._announcer = Announcer(sender or self)
         self._lifetime = Lifetime(
             clock=lambda: self.clock(),
@@ -225,12 +229,13 @@ class SessionManager:
         """
         return self._lookup.record(session_id)
 
-    def inspect(self, session_id: str) -> SessionDetails:
-        """All that is known of a session in whatever state, by its id or the beginning of it, for people who look.
+    def inspect(self, session: str | SessionRecord) -> SessionDetails:
+        """All that is known of a session in whatever state, for people who look.
 
+        *session* is its id, the beginning of it, or a record that is in the store no more, such as that of an archive.
         Changes and reports nothing. Raises as ``look_up`` does, ``SerializationError`` also for data that cannot be read.
         """
-        return self._lookup.details(session_id)
+        return self._lookup.details(self._lookup.record(session) if isinstance(session, str) else session)
 
     def judge(self, record: SessionRecord) -> SessionRecord:
         """*record*, as ``find`` gave it, with the expiry that counts now, as ``look_up`` gives it."""
@@ -811,13 +816,14 @@ class SessionManager:
         *older_than* (seconds): also remove active sessions whose last request is longer ago; one interval is added,
         within which requests are not noted. *dry_run*: only count. *deliver* calls what sends an event, and may do so
         in its own way. *stop* is asked between batches. Removed is exactly the version that was seen: a session renewed
-        meanwhile stays.
+        meanwhile stays. If there is an archive, each batch is in it before it is removed.
 
-        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
+        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, ``BackupError`` if the archive cannot be
+        written, which removes nothing of the batch, and what a receiver raises.
         """
         now = self.clock()
         idle_since = None if older_than is None else now - older_than - self.renew_interval
-        run = Cleanup(self.store, self._announcer, now, deliver)
+        run = Cleanup(self.store, self._announcer, now, deliver, self._archive)
         return run.run(idle_since=idle_since, dry_run=dry_run, stop=stop)
 
 
