@@ -17,7 +17,6 @@ import json
 import re
 import tarfile
 import zlib
-from binascii import a2b_base64, b2a_base64
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,10 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
-from .exceptions import BackupError, SerializationError
+from .exceptions import BackupError
+from .record_lines import dump_record
 from .records import SessionRecord
-from .serializers import DAMAGED, record_of
+from .serializers import DAMAGED
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -44,8 +44,6 @@ _GZIP = 31
 _T = TypeVar("_T")
 #: Is told how many more records were looked at.
 Progress: TypeAlias = Callable[[int], object]
-
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def silent(count: int) -> None:
@@ -74,50 +72,6 @@ class Manifest:
     def records(self) -> int:
         """How many records the archive has."""
         return sum(sum(states.values()) for states in self.counts.values())
-
-
-# Records --------------------------------------------------------------------------------------------------------------
-
-
-def dump_record(record: SessionRecord) -> bytes:
-    """A record as a line of JSON."""
-    fields = {
-        "id": record.id,
-        "user_id": record.user_id,
-        "tenant_id": record.tenant_id,
-        "tags": sorted(record.tags),
-        "metadata": dict(record.metadata),
-        "data": b2a_base64(record.data, newline=False).decode(),
-        "created_at": record.created_at,
-        "accessed_at": record.accessed_at,
-        "expires_at": record.expires_at,
-        "ended_at": record.ended_at,
-        "end_reason": record.end_reason,
-        "version": record.version,
-    }
-    return _encode(fields).encode() + b"\n"
-
-
-def load_record(line: bytes) -> SessionRecord:
-    """The record of a line, as the first version of one. Raises ``SerializationError`` for any other line."""
-    try:
-        fields = json.loads(line)
-        return record_of(
-            fields["id"],
-            fields["user_id"],
-            fields["tenant_id"],
-            fields["tags"],
-            fields["metadata"],
-            a2b_base64(fields["data"]),
-            fields["created_at"],
-            fields["accessed_at"],
-            fields["expires_at"],
-            fields["ended_at"],
-            fields["end_reason"],
-            1,
-        )
-    except DAMAGED as error:
-        raise SerializationError(f"the line is no session record: {type(error).__name__}: {error}") from error
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

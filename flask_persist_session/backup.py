@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import BinaryIO, Literal, TypeAlias
 
-from .archive import ArchiveWriter, Manifest, Progress, load_record, read_lines, silent, verify
+from . import archive as backup_archive
+from . import monthly_archive
+from .archive import ArchiveWriter, Manifest, Progress, silent
 from .backup_files import drafting, is_archive_name, opened, rotate
 from .exceptions import BackupError, SerializationError, SessionConflict, UnsupportedByStore
 from .manager import SessionManager
+from .monthly_archive import Contents, is_monthly_archive
+from .record_lines import load_record
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import check_save
 from .version import __version__
@@ -194,12 +198,11 @@ def restore(
         raise ValueError(f"strategy is {strategy!r}; allowed is one of {', '.join(STRATEGIES)}")
     try:
         with opened(path) as file:
-            manifest = verify(file)
-            _check_namespaces(manifest, managers)
-            started(manifest.records)
-            file.seek(0)
+            contents = _verify(file, _first(managers).clock())
+            _check_namespaces(contents, managers)
+            started(contents.records)
             run = _Restore(strategy, dry_run, sign_out)
-            for namespace, lines in read_lines(file, manifest):
+            for namespace, lines in _read_lines(file, contents):
                 for batch in _batches(lines):
                     run.restore(managers[namespace], batch)
                     progress(len(batch))
@@ -208,8 +211,20 @@ def restore(
         raise BackupError(f"there is no archive {path}") from error
 
 
-def _check_namespaces(manifest: Manifest, managers: Managers) -> None:
-    unknown = [namespace for namespace in manifest.counts if namespace not in managers]
+def _verify(file: BinaryIO, now: float) -> Manifest | Contents:
+    """What a backup, or an archive of removed sessions, has."""
+    return monthly_archive.verify(file, now=now) if is_monthly_archive(file) else backup_archive.verify(file)
+
+
+def _read_lines(file: BinaryIO, contents: Manifest | Contents) -> Iterator[tuple[str, list[bytes]]]:
+    if isinstance(contents, Contents):
+        return monthly_archive.read_lines(file, contents)
+    file.seek(0)
+    return backup_archive.read_lines(file, contents)
+
+
+def _check_namespaces(contents: Manifest | Contents, managers: Managers) -> None:
+    unknown = [namespace for namespace in contents.counts if namespace not in managers]
     if unknown:
         raise BackupError(f"it has sessions of {', '.join(unknown)}, and this application has only {', '.join(managers)}")
 
@@ -260,7 +275,7 @@ class _Restore:
         """The records that are to be there again."""
         for line in lines:
             try:
-                record = load_record(line)
+                record = load_record(line, version=1)
                 if manager.state(record) == "expired":
                     self._counts["expired"] += 1
                     continue

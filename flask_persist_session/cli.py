@@ -176,8 +176,11 @@ def _search_archives(beginning: str) -> ArchivedSession | None:
     archive = extension().archive
     if archive is None:
         return None
-    with terminal.progress("searching the archives", archive.size()) as advance:
-        return archive.search(beginning, advance)
+    try:
+        with terminal.progress("searching the archives", archive.size()) as advance:
+            return archive.search(beginning, advance)
+    except KeyboardInterrupt:
+        raise terminal.Interrupted("interrupted: the archives were not searched to the end; run it again") from None
 
 
 @sessions_cli.command()

@@ -15,12 +15,13 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple
 
+from .archive import LARGEST_MEMBER, Progress, silent
 from .exceptions import BackupError, SerializationError
 from .record_lines import dump_record, load_line
 from .records import SessionRecord, is_id_prefix
@@ -38,15 +39,6 @@ _GZIP, _RAW = 31, -15
 _LEVEL = 3
 #: A member is closed when it has grown to this; a record that is larger has one of its own.
 _MEMBER_BYTES = 1024 * 1024
-#: No larger member is read, whatever a file says of itself.
-LARGEST_MEMBER = 64 * 1024 * 1024
-
-#: Is told how many more bytes, or records, were looked at.
-Progress: TypeAlias = Callable[[int], object]
-
-
-def silent(count: int) -> None:
-    """Tell nobody of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

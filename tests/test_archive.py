@@ -713,6 +713,34 @@ def test_an_unknown_session_is_told(app: Flask) -> None:
     assert run(app, "why", "no-id")[0] == 1
 
 
+def test_a_restore_brings_back_what_would_be_active(app: Flask, directory: Path) -> None:
+    """A session that was removed as idle comes back with its data; those that had expired or ended do not."""
+    status, output = run(app, "restore", "--yes", str(directory / NAME))
+    assert (status, output.splitlines()[0][:26]) == (0, "restored 1 of 3 sessions; ")
+    assert "2 expired" in output
+    assert [record.id for record in app.extensions["persist_session"].store.scan()] == [app.config["IDS"]["idle"]]
+
+
+def test_a_restore_revives_nobody(app: Flask, directory: Path, clock: Clock) -> None:
+    """Who was archived as idle, came back at that moment and signed out later stays signed out."""
+    archive: MonthlyArchive = app.extensions["persist_session"].archive
+    found = archive.search(app.config["IDS"]["idle"])
+    assert found is not None
+    gone = replace(found.record, data=b"", ended_at=clock(), end_reason="logout", expires_at=clock(), version=2)
+    archive.add("web", [gone], clock())
+    assert run(app, "restore", "--yes", str(directory / NAME))[0] == 0
+    assert list(app.extensions["persist_session"].store.scan()) == []
+
+
+def test_a_restore_of_a_damaged_archive_changes_nothing(app: Flask, directory: Path) -> None:
+    """The whole file is verified before the first session is stored."""
+    app.extensions["persist_session"].archive.add("web", [expired(1)], NOW)
+    damage(directory / NAME, -10)
+    status, output = run(app, "restore", "--yes", str(directory / NAME))
+    assert (status, list(app.extensions["persist_session"].store.scan())) == (1, [])
+    assert "is refused: it is damaged at byte" in output
+
+
 def test_a_cleanup_that_cannot_archive_fails(app: Flask, directory: Path, clock: Clock) -> None:
     """The command says in one line what is wrong, with exit status 1."""
     app.extensions["persist_session"].manager.create({"a": 1}, lifetime=60)

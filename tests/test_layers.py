@@ -67,6 +67,7 @@ SIBLINGS = {
     ("auto_backup", "backup_files"),
     ("auto_backup", "sweeper"),
     ("record_lines", "serializers"),
+    ("monthly_archive", "archive"),
     ("lifetime", "config"),
     ("config", "serializers"),
     ("config", "stores"),
