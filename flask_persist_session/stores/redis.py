@@ -9,6 +9,7 @@ the four together. The shard is the hash tag, so on a cluster they share a slot:
     persist:web:{3fa}:facts        hash: session id to its facts
     persist:web:{3fa}:u:…          session ids of one user by created_at
     persist:web:lease:sweep        a lease
+    persist:web:note:cleanup       a note
 
 The time to live of the keys is a safety net for a store that nobody sweeps; expiry is judged by the manager.
 """
@@ -45,6 +46,7 @@ from .base import (
     combined,
     conflict,
     log_unreadable,
+    moment_in,
     order_and_cut,
     per_tag,
     that_of,
@@ -230,6 +232,15 @@ class RedisStore(SessionStore):
         with self._errors():
             milliseconds = max(0, round(seconds * 1000))
             return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))
+
+    def note(self, name: str, moment: float) -> None:
+        with self._errors():
+            self._client.set(f"{self._prefix}:note:{name}", repr(moment))
+
+    def noted(self, name: str) -> float | None:
+        with self._errors():
+            found = self._client.get(f"{self._prefix}:note:{name}")
+        return moment_in((found or b"").decode("ascii", "replace"))
 
     def close(self) -> None:
         with self._errors():

@@ -204,6 +204,22 @@ class SQLStore(SessionStore):
             row = leases.insert(name=key, holder=holder, until=now + seconds).on_conflict_ignore()
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
+    def note(self, name: str, moment: float) -> None:
+        leases, key = self._leases, self._note_key(name)
+        row = leases.insert(name=key, holder="", until=moment)
+        with self._using() as database:
+            row.on_conflict(conflict_target=[leases.name], update={leases.until: moment}).execute(database)
+
+    def noted(self, name: str) -> float | None:
+        leases = self._leases
+        with self._using() as database:
+            found = leases.select(leases.until).where(leases.name == self._note_key(name)).scalar(database)
+        return found if isinstance(found, float) else None
+
+    def _note_key(self, name: str) -> str:
+        # Beside the leases, whose names have no space.
+        return f"{self._namespace}:note {name}"
+
     def close(self) -> None:
         # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
         try:
