@@ -18,7 +18,7 @@ from .exceptions import (
 from .extension import PersistSession
 from .lookup import SessionDetails
 from .manager import SessionManager
-from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
+from .records import Change, Deletion, Finding, Improvement, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
     SessionBound,
@@ -49,12 +49,17 @@ from .signals import (
 from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
+from .upkeep import CheckReport, Health
 
 __all__ = [
     "Change",
+    "CheckReport",
     "CleanupReport",
     "ConfigError",
     "Deletion",
+    "Finding",
+    "Health",
+    "Improvement",
     "PersistSession",
     "PersistSessionError",
     "SerializationError",

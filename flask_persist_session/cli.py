@@ -223,7 +223,7 @@ def _revoke_user(manager: SessionManager, user: str, tenant: str | None, yes: bo
 def _revoke_all(manager: SessionManager, yes: bool) -> None:
     active = manager.stats().active
     _confirm(f"Revoke {_count(active)}, those of all users and visitors of {current_app.name!r}?", yes)
-    with _progress(active) as advance:
+    with progress("revoking", active) as advance:
         ended = manager.revoke_all(on_batch=advance)
     click.echo(f"revoked {_count(ended)}")
 
@@ -252,16 +252,16 @@ def _confirm(question: str, yes: bool) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-def _progress(length: int) -> AbstractContextManager[Callable[[int], object]]:
+def progress(label: str, length: int) -> AbstractContextManager[Callable[[int], object]]:
     """A bar on a terminal, nothing elsewhere; gives what to call with each number of sessions done."""
     if not sys.stderr.isatty():
         return nullcontext(lambda _: None)
-    return _bar(length)
+    return _bar(label, length)
 
 
 @contextmanager
-def _bar(length: int) -> Iterator[Callable[[int], object]]:
-    with click.progressbar(length=length, label="revoking", file=sys.stderr) as bar:
+def _bar(label: str, length: int) -> Iterator[Callable[[int], object]]:
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
         yield bar.update
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
+from . import upkeep
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
+from .records import Improvement
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
 from .sweeper import Sweeper
+from .upkeep import BackupPlan, CheckReport, Health
 
 _KEY = "persist_session"
 _RETRY_AFTER = 5
@@ -107,6 +111,27 @@ class PersistSession:
     def config(self) -> Config:
         """The settings of the current application. Raises as ``manager`` does."""
         return _state().config
+
+    def check(self, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+        """Look at everything in the store; see ``upkeep.check``. Raises as ``manager`` does, too."""
+        return upkeep.check(_managers(), repair=repair, progress=progress)
+
+    def optimize(self, *, full: bool = False) -> tuple[Improvement, ...]:
+        """Give back room; see ``upkeep.optimize``. Raises as ``manager`` does, too."""
+        return upkeep.optimize(_managers(), full=full)
+
+    def health(self) -> Health:
+        """Whether the store works; see ``upkeep.health``. Raises as ``manager`` does."""
+        return upkeep.health(_managers(), cleanup_interval=self.config.cleanup_interval, backups=_backup_plan())
+
+
+def _managers() -> upkeep.Managers:
+    return {"web": _state().manager}
+
+
+def _backup_plan() -> BackupPlan | None:
+    """Automatic backups, which this release does not have."""
+    return None
 
 
 def _check_caps(config: Config, store: SessionStore) -> None:
