@@ -70,7 +70,7 @@ SIBLINGS = {
     ("web", "extension"),
 }
 DRIVERS = {
-    "peewee": {"stores.sql", "stores.databases"},
+    "peewee": {"stores.sql", "stores.databases", "stores.sql_upkeep"},
     "redis": {"stores.redis"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},

@@ -34,6 +34,8 @@ translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 #: Seconds between two transactions in turn, of which the second takes the first's commit.
 _LEAST_FOR_OTHERS = 0.008
+#: Seconds that nobody waits for.
+_LONG = 86400.0
 
 
 class _Closer:
@@ -68,6 +70,9 @@ class PerThread(pw.Database):
     def in_turn(self) -> AbstractContextManager[Any]:
         """A transaction of many in a row, which let others write in between."""
         return self.atomic()
+
+    def take_time(self) -> None:
+        """Let statements take as long as they take; to be called before it is connected."""
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
@@ -113,6 +118,9 @@ class _Adapter(pw.Psycopg3Adapter):
 
 class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
     psycopg3_adapter = _Adapter
+
+    def take_time(self) -> None:
+        self.connect_params |= {"bound": _LONG, "options": ""}
 
 
 def open_sqlite(location: Location) -> tuple[str, Connect, float]:

@@ -13,44 +13,45 @@ Layout below the root, directories 0700 and files 0600::
             users/5e88…/3fa09c…     its entry in the index of its user: an empty file
         leases/sweep                a lease
         notes/cleanup               a note
+        damaged/3fa09c….session…    what a repair found and could not use
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 
 from ..exceptions import ConfigError, SerializationError
-from ..records import Deletion, SessionQuery, SessionRecord, is_session_id
+from ..records import Deletion, Finding, Improvement, SessionQuery, SessionRecord, is_session_id
 from ..serializers import pack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
-from .base import SessionStore, check_save, conflict, log_unreadable, moment_in, order_and_cut
+from .base import SessionStore, check_save, conflict, ignore, log_unreadable, moment_in, order_and_cut
+from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
     NO_FILE,
-    SAFELY,
     Frame,
     end_of_version,
     failure,
     framed,
     last_frame,
     lock,
+    name_of_user,
     open_file,
     read_last,
     record_in,
+    rewrite,
     sync_directory,
     unlock,
     write_at,
 )
 
-_SUFFIX = ".session"
 #: A file is rewritten once it is larger than this and than so many times its newest frame. A rewrite costs as much as
 #: some fifty appends.
 _SMALLEST_REWRITE = 64 * 1024
@@ -196,13 +197,19 @@ class FileStore(SessionStore):
         except OSError as error:
             raise failure(error) from error
 
+    def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
+        return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()
+
+    def optimize(self, *, full: bool = False) -> Iterator[Improvement]:
+        return compact(self._folder, self._timeout, sync=self._fsync)
+
     def note(self, name: str, moment: float) -> None:
         path = os.path.join(self._folder, "notes", name)
         try:
             handle, _ = lock(path, self._timeout, create=True)
             try:
                 # As a new file, so that there is a note at any moment, and that a full disk is noticed.
-                self.rewrite(path, repr(moment).encode())
+                rewrite(path, repr(moment).encode(), sync=self._fsync)
             finally:
                 unlock(handle)
         except OSError as error:
@@ -220,7 +227,7 @@ class FileStore(SessionStore):
     # Files ------------------------------------------------------------------------------------------------------------
 
     def _path(self, session_id: str) -> str:
-        return f"{self._folder}/{session_id[:3]}/{session_id}{_SUFFIX}"
+        return f"{self._folder}/{session_id[:3]}/{session_id}{SUFFIX}"
 
     def _put(self, path: str, handle: int, end: int, record: SessionRecord, frame: bytes) -> None:
         """Write the frame of *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
@@ -229,7 +236,7 @@ class FileStore(SessionStore):
                 self._index(record)
             if record.ended_at is not None:
                 # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.
-                self.rewrite(path, frame)
+                rewrite(path, frame, sync=self._fsync)
             else:
                 self._append(path, handle, end, frame)
         except OSError:
@@ -243,28 +250,11 @@ class FileStore(SessionStore):
 
     def _append(self, path: str, handle: int, end: int, frame: bytes) -> None:
         if end + len(frame) > max(_SMALLEST_REWRITE, _REWRITE_FACTOR * len(frame)):
-            self.rewrite(path, frame)
+            rewrite(path, frame, sync=self._fsync)
             return
         write_at(handle, frame, end)
         if self._fsync:
             os.fsync(handle)
-
-    def rewrite(self, path: str, frame: bytes) -> None:
-        # Only the holder of the lock writes this name, so what it finds there was left by a crash.
-        temporary = f"{path}.tmp"
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | SAFELY, 0o600)
-        try:
-            write_at(handle, frame, 0)
-            if self._fsync:
-                os.fsync(handle)
-        except OSError:
-            os.unlink(temporary)
-            raise
-        finally:
-            os.close(handle)
-        os.rename(temporary, path)
-        if self._fsync:
-            sync_directory(os.path.dirname(path))
 
     # The index of users -----------------------------------------------------------------------------------------------
 
@@ -286,13 +276,13 @@ class FileStore(SessionStore):
                 os.unlink(self._entry(record))
 
     def _entry(self, record: SessionRecord) -> str:
-        return os.path.join(self._folder, record.id[:3], "users", _hash(record.user_id or ""), record.id)
+        return os.path.join(self._folder, record.id[:3], "users", name_of_user(record.user_id or ""), record.id)
 
     def _ids_of_user(self, user_id: str) -> Iterator[str]:
-        return _names(os.path.join(self._folder, shard_of(user_id), "users", _hash(user_id)), "")
+        return _names(os.path.join(self._folder, shard_of(user_id), "users", name_of_user(user_id)), "")
 
     def _ids_in(self, shard: int) -> Iterator[str]:
-        return _names(os.path.join(self._folder, f"{shard:03x}"), _SUFFIX)
+        return _names(os.path.join(self._folder, f"{shard:03x}"), SUFFIX)
 
     def _records(self, ids: Iterator[str]) -> Iterator[SessionRecord]:
         for session_id in ids:
@@ -317,7 +307,3 @@ def _names(folder: str, suffix: str) -> Iterator[str]:
         return
     except OSError as error:
         raise failure(error) from error
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

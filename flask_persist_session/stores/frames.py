@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import random
 import struct
@@ -38,6 +39,11 @@ class Frame(NamedTuple):
     record: memoryview
     end: int
     """Offset in the file at which the next frame starts."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes of the file it takes."""
+        return len(self.record) + _AROUND
 
 
 def framed(version: int, record: bytes) -> bytes:
@@ -252,9 +258,33 @@ def write_at(handle: int, content: bytes, offset: int) -> None:
         written += os.pwrite(handle, content[written:], offset + written)
 
 
+def rewrite(path: str, content: bytes, *, sync: bool) -> None:
+    """Replace a file by another one in a single step; whoever does so to a session's holds its lock."""
+    # Only the holder of the lock writes this name, so what it finds there was left by a crash.
+    temporary = f"{path}.tmp"
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | SAFELY, 0o600)
+    try:
+        write_at(handle, content, 0)
+        if sync:
+            os.fsync(handle)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(handle)
+    os.rename(temporary, path)
+    if sync:
+        sync_directory(os.path.dirname(path))
+
+
 def sync_directory(path: str) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def name_of_user(user_id: str) -> str:
+    """The directory of a user in the index."""
+    return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
