@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
-from . import upkeep
+from . import cli_upkeep, upkeep  # noqa: F401  registers its commands
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore

@@ -18,8 +18,6 @@ _PAGE = 500
 #: SQLite compares indexes and tables of a database up to so many bytes; of a larger one it looks at the pages alone, which
 #: takes a fraction of the time.
 _LARGE = 1_000_000_000
-#: A database with so many bytes in use is rewritten in less than the 50 ms that a request may have to wait.
-_SMALL = 4_000_000
 #: How many rows of an index SQLite looks at for its statistics, so that writers wait for a moment only.
 _ANALYSED = 400
 #: Milliseconds for which the end of a checkpoint waits for readers, while writers wait for it.
@@ -166,13 +164,14 @@ def _tidy_up_sqlite(database: PerThread, table: str, full: bool) -> Iterator[Imp
     fetched(database, f"PRAGMA busy_timeout = {_CHECKPOINT_WAIT}")
     yield from _analyse(database, table)
     yield from _truncate_log(database)
-    page, free = _number(database, "page_size"), _number(database, "freelist_count")
-    used = (_number(database, "page_count") - free) * page
-    if free and (full or used <= _SMALL):
+    free = _number(database, "freelist_count") * _number(database, "page_size")
+    if full:
         yield from _vacuum(database)
     elif free:
-        text = f"{free * page:,} bytes of the database are unused and wait for new sessions; --full gives them back"
-        yield Improvement(text=text)
+        # To rewrite even 1 MB of it holds up writers for as long as a request may wait, 50 ms.
+        yield Improvement(
+            text=f"{free:,} bytes of the database are unused and wait for new sessions; --full gives them back"
+        )
 
 
 def _analyse(database: PerThread, table: str) -> Iterator[Improvement]:
