@@ -383,18 +383,11 @@ class _Checked:
             for key in self._store._client.scan_iter(match=f"{prefix}:*", count=count):
                 yield _text(key)
 
-    def members(self, key: str, count: int) -> Iterator[str] | None:
-        with self._store._errors():
-            kind = _text(self._store._client.type(_bytes(key)))
-        if kind not in ("zset", "hash", "none") or kind == ("zset" if key.endswith("}:facts") else "hash"):
-            return None
-        return self._members(key, count)
-
-    def _members(self, key: str, count: int) -> Iterator[str]:
+    def members(self, key: str, count: int) -> Iterator[str]:
         client = self._store._client
         scan = client.hscan_iter if key.endswith("}:facts") else client.zscan_iter
         with self._store._errors():
-            for member, _ in scan(_bytes(key), count=count):
+            for member, *_ in scan(_bytes(key), count=count):
                 yield _text(member)
 
     def evaluate(self, script: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:

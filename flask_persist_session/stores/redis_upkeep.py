@@ -17,6 +17,8 @@ from ..records import Finding, SessionRecord, is_session_id
 _PAGE = 200
 #: How many keys the server looks at in one step.
 _KEYS_AT_ONCE = 500
+#: An index of so many entries is gone through in one step, which takes less than a millisecond.
+_AT_ONCE = 1500
 
 # What a script may find a key to be instead of the one it looks for, renamed so that it can be made anew.
 _ASIDE = """
@@ -82,28 +84,50 @@ end
 return 1
 """
 
-# KEYS: an index. ARGV: id of a session, 1 to remove it. Answers whether it leads to no session of that user.
-STRAY = """
+# What the next two share: whether an entry of an index leads to no session of that user, and is removed if it is to be.
+_STRAY = """
 local shard, index = KEYS[1]:match('^(.-{%x%x%x}):(.*)$')
-local session = shard .. ':s:' .. ARGV[1]
 local of_facts = index == 'facts'
-if not redis.call(of_facts and 'HGET' or 'ZSCORE', KEYS[1], ARGV[1]) then
-  return 0
-end
-if redis.call('EXISTS', session) == 1 then
-  local facts = index:sub(1, 1) == 'u' and redis.pcall('HGET', session, 'facts')
-  if type(facts) ~= 'string' then
-    return 0
+local function is_stray(id)
+  local session = shard .. ':s:' .. id
+  if redis.call('EXISTS', session) == 1 then
+    local facts = index:sub(1, 1) == 'u' and redis.pcall('HGET', session, 'facts')
+    if type(facts) ~= 'string' then
+      return false
+    end
+    local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts)
+    if not intact or 'u' .. user == index then
+      return false
+    end
   end
-  local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts)
-  if not intact or 'u' .. user == index then
-    return 0
+  if ARGV[1] == '1' then
+    redis.call(of_facts and 'HDEL' or 'ZREM', KEYS[1], id)
+  end
+  return true
+end
+"""
+
+# KEYS: an index. ARGV: 1 to remove them, how many entries are not too many for one step. Answers those that lead to no
+# session of that user, nothing if there are too many.
+STRAYS = f"""{_STRAY}
+local size = redis.call(of_facts and 'HLEN' or 'ZCARD', KEYS[1])
+if size > tonumber(ARGV[2]) then
+  return false
+end
+local strays = {{}}
+local ids = of_facts and redis.call('HKEYS', KEYS[1]) or redis.call('ZRANGE', KEYS[1], 0, -1)
+for _, id in ipairs(ids) do
+  if is_stray(id) then
+    strays[#strays + 1] = id
   end
 end
-if ARGV[2] == '1' then
-  redis.call(of_facts and 'HDEL' or 'ZREM', KEYS[1], ARGV[1])
-end
-return 1
+return strays
+"""
+
+# KEYS: an index. ARGV: 1 to remove it, an entry that was there a moment ago. Answers whether it leads to no session.
+STRAY = f"""{_STRAY}
+local there = redis.call(of_facts and 'HGET' or 'ZSCORE', KEYS[1], ARGV[2])
+return there and is_stray(ARGV[2]) and 1 or 0
 """
 
 
@@ -113,8 +137,8 @@ class Server(Protocol):
     def keys(self, count: int) -> Iterator[str]:
         """All keys of the namespace, in any order, perhaps one twice."""
 
-    def members(self, key: str, count: int) -> Iterator[str] | None:
-        """The members of an index, ``None`` if the key is none."""
+    def members(self, key: str, count: int) -> Iterator[str]:
+        """The members of an index, perhaps one twice."""
 
     def evaluate(self, script: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The answers to many calls of a script, each with its one key and its arguments; errors are values."""
@@ -143,7 +167,8 @@ class RedisCheck:
     def run(self) -> Iterator[Finding]:
         keys = self._server.keys(_KEYS_AT_ONCE)
         while page := list(islice(keys, _PAGE)):
-            sessions = []
+            sessions: list[str] = []
+            indexes: list[str] = []
             for key in page:
                 match = self._key.fullmatch(key)
                 shard, kind, rest = match.groups() if match else (None, None, "")
@@ -152,7 +177,8 @@ class RedisCheck:
                 elif kind == "s:":
                     sessions.append(key)
                 elif kind in ("u:", "expiry", "facts"):
-                    yield from self._index(key)
+                    indexes.append(key)
+            yield from self._indexes(indexes)
             yield from self._sessions(sessions)
 
     # Sessions ---------------------------------------------------------------------------------------------------------
@@ -194,18 +220,25 @@ class RedisCheck:
 
     # Indexes ----------------------------------------------------------------------------------------------------------
 
-    def _index(self, key: str) -> Iterator[Finding]:
+    def _indexes(self, keys: list[str]) -> Iterator[Finding]:
         """Entries that lead to no session."""
+        calls = [(key, int(self._repair), _AT_ONCE) for key in keys]
+        for key, strays in zip(keys, self._server.evaluate(STRAYS, calls), strict=True):
+            if isinstance(strays, Exception):
+                text = f"{strays}; a repair renames it when it makes the index of a session anew"
+                yield Finding(kind="type", where=key, text=text)
+                continue
+            for session_id in self._strays_of_many(key) if strays is None else map(_text, strays):
+                text = f"{key} leads to it, but there is no such session of that user"
+                yield Finding(kind="index", where=session_id, text=text, repaired=self._repair)
+
+    def _strays_of_many(self, key: str) -> Iterator[str]:
+        """The same for an index of so many entries that one step of the server would take too long."""
         members = self._server.members(key, _KEYS_AT_ONCE)
-        if members is None:
-            text = (
-                "the key holds something else than an index; a repair renames it when it makes the index of a session anew"
-            )
-            yield Finding(kind="type", where=key, text=text)
-            return
         while page := list(islice(members, _PAGE)):
-            calls = [(key, member, int(self._repair)) for member in page]
-            for member, stray in zip(page, self._server.evaluate(STRAY, calls), strict=True):
-                if stray == 1:
-                    text = f"{key} leads to it, but there is no such session of that user"
-                    yield Finding(kind="index", where=member, text=text, repaired=self._repair)
+            answers = self._server.evaluate(STRAY, [(key, int(self._repair), member) for member in page])
+            yield from (member for member, stray in zip(page, answers, strict=True) if stray == 1)
+
+
+def _text(member: bytes) -> str:
+    return member.decode("utf-8", "surrogateescape")
