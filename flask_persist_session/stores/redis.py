@@ -270,9 +270,7 @@ class RedisStore(SessionStore):
         return f"{self._prefix}:{{{shard}}}:u:{user_id}"
 
     def _save_arguments(self, record: SessionRecord) -> tuple[Any, ...]:
-        # From the record's own times, so that a clock other than the server's does no harm.
-        lifetime = round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
-        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), lifetime
+        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), _lifetime(record)
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         return 1, self._key(session_id), "" if expected is None else expected
@@ -412,8 +410,7 @@ class _Checked:
         return _record([packed, version])
 
     def reindexing(self, record: SessionRecord) -> tuple[Any, ...]:
-        *_, facts, lifetime = self._store._save_arguments(record)
-        return facts, lifetime
+        return _facts(record), _lifetime(record)
 
 
 def _text(key: bytes) -> str:
@@ -587,6 +584,12 @@ def _facts(record: SessionRecord) -> bytes:
     ended, size = record.ended_at is not None, len(record.data)
     numbers = _FACTS.pack(record.expires_at, record.created_at, size, ended, owner_size, len(user))
     return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
+
+
+def _lifetime(record: SessionRecord) -> int:
+    """The time to live of its key in milliseconds."""
+    # From the record's own times, so that a clock other than the server's does no harm.
+    return round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
 
 
 def _stats(sums: list[Any]) -> StoreStats:
