@@ -21,7 +21,7 @@ from .extension import PersistSession
 from .lookup import SessionDetails
 from .manager import SessionManager
 from .monthly_archive import ArchivedSession, MonthlyArchive
-from .records import Change, Deletion, SessionQuery, SessionRecord, StoreStats
+from .records import Change, Deletion, Finding, Improvement, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
     BackupCreated,
@@ -55,6 +55,7 @@ from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
 from .upgrade import ImportReport
+from .upkeep import CheckReport, Health
 
 __all__ = [
     "ArchivedSession",
@@ -62,10 +63,14 @@ __all__ = [
     "BackupError",
     "BackupReport",
     "Change",
+    "CheckReport",
     "CleanupReport",
     "ConfigError",
     "Deletion",
+    "Finding",
+    "Health",
     "ImportReport",
+    "Improvement",
     "MonthlyArchive",
     "PersistSession",
     "PersistSessionError",

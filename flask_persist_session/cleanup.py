@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
 from .announcer import Announcer
+from .exceptions import UnsupportedByStore
 from .records import Deletion, SessionQuery, SessionRecord, State
 from .stores.base import SessionStore
 
@@ -17,6 +19,8 @@ from .stores.base import SessionStore
 Archive: TypeAlias = Callable[[list[SessionRecord], float], object]
 
 _BATCH = 500
+#: The note in the store of when it was cleaned up last.
+NOTE = "cleanup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +73,16 @@ class Cleanup:
                         self._deliver(partial(self._announce, record))
         report = CleanupReport(expired=counts["expired"], ended=counts["ended"], idle=counts["active"], dry_run=dry_run)
         if not dry_run:
+            self._note(stop)
             sums = {"expired": report.expired, "ended": report.ended, "idle": report.idle}
             self._deliver(partial(self._announcer.cleaned_up, **sums))
         return report
+
+    def _note(self, stop: Callable[[], bool]) -> None:
+        """Let everybody know when all was cleaned up last."""
+        if not stop():
+            with suppress(UnsupportedByStore):
+                self._store.note(NOTE, self._now)
 
     def _queries(self, idle_since: float | None) -> Iterator[SessionQuery]:
         # A session expires at expires_at, and the query excludes its bound.

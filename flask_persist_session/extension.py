@@ -10,12 +10,12 @@ from functools import partial
 from flask import Flask, Response, current_app
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
-from . import cli_backup, cli_import, cli_migrate  # noqa: F401  they register their commands
+from . import cli_backup, cli_import, cli_migrate, cli_upkeep, upkeep  # noqa: F401  the first register their commands
 from .announcer import Announcer
 from .archive import Progress, silent
 from .auto_backup import AutomaticBackup
 from .backup import BackupReport, Managers, RestoreReport, Strategy, back_up, restore
-from .backup_files import BackupFile, backups_in
+from .backup_files import BackupFile, backups_in, newest_before
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, Config
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
@@ -24,12 +24,14 @@ from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
 from .monthly_archive import MonthlyArchive
 from .origins import Origin, open_origin
+from .records import Improvement
 from .serializers import Codec
 from .stores import open_store
 from .stores.base import SessionStore
 from .stores.migrating import MigratingStore
 from .sweeper import Sweeper
 from .upgrade import ImportReport, TakeOver, import_all
+from .upkeep import BackupPlan, CheckReport, Health
 
 _KEY = "persist_session"
 _RETRY_AFTER = 5
@@ -205,6 +207,20 @@ class PersistSession:
         """The archives of sessions that cleanups removed; ``None`` without ``PERSIST_SESSION_ARCHIVE_DIR``. Raises as
         ``manager`` does."""
         return _state().archive
+
+    def check(self, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+        """Look at everything in the store; see ``upkeep.check``. Raises as ``manager`` does, too."""
+        return upkeep.check(_state().managers, repair=repair, progress=progress)
+
+    def optimize(self, *, full: bool = False) -> tuple[Improvement, ...]:
+        """Give back room; see ``upkeep.optimize``. Raises as ``manager`` does, too."""
+        return upkeep.optimize(_state().managers, full=full)
+
+    def health(self) -> Health:
+        """Whether the store works; see ``upkeep.health``. Raises as ``manager`` does."""
+        state = _state()
+        plan = BackupPlan(newest=partial(newest_before, state.backup_dir), interval=state.config.backup_interval)
+        return upkeep.health(state.managers, cleanup_interval=state.config.cleanup_interval, backups=plan)
 
     def backup(
         self,

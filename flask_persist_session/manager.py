@@ -803,6 +803,10 @@ class SessionManager:
         """Figures of all sessions. Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``."""
         return self.store.stats(now=self.clock())
 
+    def decode(self, record: SessionRecord) -> dict[str, Any]:
+        """The data in a record; empty for one that has ended. Raises ``SerializationError`` if it cannot be read."""
+        return self._codec.decode(record.data) if record.ended_at is None else {}
+
     def cleanup(
         self,
         *,

@@ -174,3 +174,31 @@ class StoreStats:
     """How many records each tenant has, in any state. Records without a tenant are in no entry."""
     tags: Mapping[str, int] = field(default_factory=dict)
     """How many records have each tag, in any state. One with several tags is in several entries."""
+
+
+Kind: TypeAlias = Literal["record", "data", "torn", "leftover", "index", "mode", "foreign", "type", "schema", "database"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that a check of a store found not to be as it should."""
+
+    kind: Kind
+    """``record`` and ``data``: of a session that cannot be read, as a whole or its data alone; ``torn``: a save that was
+    not finished; ``leftover``: what a process left that was stopped; ``index``: an entry without its session, or the other
+    way round; ``mode``: of a file that others can read, or that is theirs; ``foreign``: what no store has put there;
+    ``type``, ``schema``, ``database``: what the server or the database keeps in another form than it should."""
+    where: str
+    """The session's id, the path, the key or the table."""
+    text: str
+    """What is wrong, and what becomes or became of it."""
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Improvement:
+    """Something that ``optimize`` did to a store."""
+
+    text: str
+    freed: int = 0
+    """Bytes of disk that are free now."""

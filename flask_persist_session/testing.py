@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from .exceptions import PersistSessionError, SessionConflict, UnsupportedByStore
+from .exceptions import PersistSessionError, SerializationError, SessionConflict, UnsupportedByStore
 from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore, add_up
 from .tokens import SHARDS, shard_of
@@ -262,6 +262,8 @@ class _AgainstDict(RuleBasedStateMachine):
             assert self.store.count(query) == sum(map(query.matches, self.model.values()))
 
     def teardown(self) -> None:
+        if _can_list(self.store):
+            assert list(self.store.check(repair=False)) == []
         for session_id in _IDS:
             self.get(session_id)
 
@@ -1004,6 +1006,63 @@ class SessionStoreContract:
         names = [f"lease{number}" for number in range(20)]
         answers = in_processes(open_store, partial(_take_leases, names))
         assert [sum(got) for got in zip(*answers, strict=True)] == [1] * len(names)
+
+    # Upkeep -----------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def noting(self, store: SessionStore) -> SessionStore:
+        """A store that keeps notes."""
+        try:
+            store.noted("something")
+        except UnsupportedByStore:
+            pytest.skip("has no notes")
+        return store
+
+    def test_a_note_is_there_or_not(self, noting: SessionStore) -> None:
+        """A note that nobody made is ``None``; of two the last one counts, also where it is the earlier moment."""
+        assert noting.noted("cleanup") is None
+        for moment in 1_700_000_000.25, 0.1:
+            noting.note("cleanup", moment)
+            assert noting.noted("cleanup") == moment
+        assert noting.noted("health") is None
+
+    def test_a_note_is_everybodys(self, noting: SessionStore, another: SessionStore) -> None:
+        """What one store object notes another one of the same sessions reads."""
+        noting.note("cleanup", 1_700_000_000.0)
+        assert another.noted("cleanup") == 1_700_000_000.0
+
+    def test_notes_are_no_sessions(self, listing: SessionStore, noting: SessionStore) -> None:
+        """Notes are in no list, in no statistics, and no lease."""
+        noting.note("sweep", 1e10)
+        assert listing.count(SessionQuery()) == listing.stats(now=0.0).total == len(list(listing.scan())) == 0
+        with suppress(UnsupportedByStore):
+            assert listing.lease("sweep", 60)
+            assert noting.noted("sweep") == 1e10
+
+    @pytest.mark.parametrize("repair", [False, True])
+    def test_check_of_an_intact_store(self, listing: SessionStore, repair: bool) -> None:
+        """A check finds nothing wrong with what the store itself has written, and shows each record once."""
+        for number, fields in enumerate(ODD_FIELDS.values()):
+            with suppress(ValueError, SerializationError):  # not every store keeps everything
+                listing.save(make_record(number, **fields), expected=0)
+        seen: list[SessionRecord] = []
+        assert list(listing.check(repair=repair, seen=seen.append)) == []
+        assert sorted(record.id for record in seen) == sorted(record.id for record in listing.scan())
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_optimize_keeps_everything(self, listing: SessionStore, full: bool) -> None:
+        """Tidying up changes no record, and the store goes on working."""
+        records = [make_record(number) for number in range(20)]
+        for record in records:
+            listing.save(record, expected=0)
+            listing.save(following(record, data=b"changed" * 1000), expected=1)
+        for record in records[:5]:
+            listing.delete(record.id)
+        before = {record.id: _exactly(record) for record in listing.scan()}
+        assert all(improvement.text and improvement.freed >= 0 for improvement in listing.optimize(full=full))
+        assert {record.id: _exactly(record) for record in listing.scan()} == before
+        listing.save(records[0], expected=0)
+        assert list(listing.check(repair=False)) == []
 
     # close, and a second store ----------------------------------------------------------------------------------------
 

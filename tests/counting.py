@@ -35,6 +35,10 @@ class CountingStore(SessionStore):
     save_many = _counted("save_many")
     delete_many = _counted("delete_many")
     lease = _counted("lease")
+    note = _counted("note")
+    noted = _counted("noted")
+    check = _counted("check")
+    optimize = _counted("optimize")
 
     def close(self) -> None:
         self.store.close()

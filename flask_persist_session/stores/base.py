@@ -52,7 +52,17 @@ from itertools import islice
 from typing import NoReturn, TypeAlias
 
 from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
-from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import (
+    LAST_MOMENT,
+    Change,
+    Deletion,
+    Finding,
+    Improvement,
+    SessionQuery,
+    SessionRecord,
+    StoreStats,
+    is_session_id,
+)
 from ..serializers import DAMAGED, load_tags
 from ..tokens import shard_of
 
@@ -63,6 +73,16 @@ LONGEST_NAME = 512
 NAME_LIMITS = f"at most {LONGEST_NAME} characters of Unicode, without NUL"
 #: What never changes under one id; a session that gets another user gets another id.
 FIXED_FIELDS = frozenset({"id", "user_id", "tenant_id", "created_at"})
+
+
+def ignore(record: SessionRecord) -> None:
+    """Do nothing with a record that a check has seen."""
+
+
+def _looked_at(records: Iterator[SessionRecord], seen: Callable[[SessionRecord], object]) -> Iterator[Finding]:
+    for record in records:
+        seen(record)
+    yield from ()
 
 
 class SessionStore(ABC):
@@ -178,6 +198,40 @@ class SessionStore(ABC):
         """
         raise UnsupportedByStore(f"{type(self).__name__} has no leases")
 
+    def note(self, name: str, moment: float) -> None:
+        """Keep *moment* (seconds since the epoch) under *name* for ``noted``, of whatever process; the last one counts.
+
+        Raises ``UnsupportedByStore``; ``StoreUnavailable``, ``StoreError``.
+        """
+        raise UnsupportedByStore(f"{type(self).__name__} has no notes")
+
+    def noted(self, name: str) -> float | None:
+        """The moment that was noted under *name*, ``None`` if there is none that can be read.
+
+        Raises ``UnsupportedByStore``; ``StoreUnavailable``, ``StoreError``.
+        """
+        raise UnsupportedByStore(f"{type(self).__name__} has no notes")
+
+    def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
+        """Yield what is not as it should be, and with *repair* mend it where nothing can be lost by that.
+
+        *seen* is called with each record that can be read. What others are about to write is not reported, and a repair
+        takes nothing from them: it holds their locks, or compares before it sets. What only a person can decide stays as
+        it is. By default there is nothing to find but what ``scan`` cannot read at all.
+
+        Raises ``UnsupportedByStore`` at once if the store cannot list; ``StoreUnavailable``, ``StoreError``.
+        """
+        return _looked_at(self.scan(), seen)
+
+    def optimize(self, *, full: bool = False) -> Iterator[Improvement]:
+        """Give back room and bring statistics of the database up to date; yield what was done, by default nothing.
+
+        Requests go on meanwhile and wait for at most some milliseconds, but with *full* they may for as long as it takes.
+
+        Raises ``StoreUnavailable``, ``StoreError``.
+        """
+        return iter(())
+
     def close(self) -> None:
         """Give back what the calling thread holds open; what other threads hold is given back when they end.
 
@@ -277,6 +331,15 @@ def can_match(query: SessionQuery) -> bool:
 def log_unreadable(session_id: str, error: SerializationError) -> None:
     """Say that a listing leaves out a record that cannot be read."""
     log.warning("session %s is left out of a listing: %s", session_id, error)
+
+
+def moment_in(text: str) -> float | None:
+    """The moment that a lease or note has as text; ``None`` for what is none."""
+    try:
+        moment = float(text)
+    except ValueError:
+        return None
+    return moment if math.isfinite(moment) else None
 
 
 def order_and_cut(records: Iterator[SessionRecord], query: SessionQuery) -> Iterator[SessionRecord]:

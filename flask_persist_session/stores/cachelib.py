@@ -123,6 +123,16 @@ class CachelibStore(SessionStore):
     def scan(self) -> Iterator[SessionRecord]:
         cannot_list(self, "a cachelib cache cannot enumerate its entries, and expires them itself")
 
+    def note(self, name: str, moment: float) -> None:
+        with self._errors():
+            if not self._cache.set(f"{self._prefix}note:{name}", moment, _LONGEST):
+                raise StoreError(f"{type(self._cache).__name__} did not store the note {name}")
+
+    def noted(self, name: str) -> float | None:
+        with self._errors():
+            moment = self._cache.get(f"{self._prefix}note:{name}")
+        return moment if isinstance(moment, float) else None
+
     def _renew_locks(self) -> None:
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 

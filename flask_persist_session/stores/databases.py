@@ -34,6 +34,8 @@ translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 #: Seconds between two transactions in turn, of which the second takes the first's commit.
 _LEAST_FOR_OTHERS = 0.008
+#: Seconds that nobody waits for.
+_LONG = 86400.0
 
 
 class _Closer:
@@ -68,6 +70,9 @@ class PerThread(pw.Database):
     def in_turn(self) -> AbstractContextManager[Any]:
         """A transaction of many in a row, which let others write in between."""
         return self.atomic()
+
+    def take_time(self) -> None:
+        """Let statements take as long as they take; to be called before it is connected."""
 
     def tidy_up(self) -> None:
         """Do after many changes what would otherwise be left to the next request."""
@@ -146,6 +151,9 @@ class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
         self.begin()  # outside of a transaction the server would copy all of it first
         adapter: Any = self._adapter  # type: ignore[attr-defined]
         return adapter.server_side_cursor(self.connection())  # type: ignore[no-untyped-call]
+
+    def take_time(self) -> None:
+        self.connect_params |= {"bound": _LONG, "options": ""}
 
 
 def open_sqlite(location: Location) -> tuple[str, Connect, float]:

@@ -26,6 +26,7 @@ class MemoryStore(SessionStore):
 
     def __init__(self) -> None:
         self._records: dict[str, SessionRecord] = {}
+        self._notes: dict[str, float] = {}
         self._renew_lock()
         after_fork(self._renew_lock)
 
@@ -62,6 +63,12 @@ class MemoryStore(SessionStore):
     def lease(self, name: str, seconds: float) -> bool:
         # Nobody but this object reaches the dict, so whoever asks is the holder.
         return seconds > 0
+
+    def note(self, name: str, moment: float) -> None:
+        self._notes[name] = moment
+
+    def noted(self, name: str) -> float | None:
+        return self._notes.get(name)
 
 
 def _copy(record: SessionRecord) -> SessionRecord:

@@ -6,12 +6,13 @@ the new one. A session keeps its id and version when it moves, so a request that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from ..exceptions import SessionConflict
-from ..records import SessionQuery, SessionRecord
-from .base import SessionStore, conflict, order_and_cut
+from ..records import Finding, Improvement, SessionQuery, SessionRecord
+from .base import SessionStore, conflict, ignore, order_and_cut
 
 
 class MigratingStore(SessionStore):
@@ -76,6 +77,18 @@ class MigratingStore(SessionStore):
 
     def lease(self, name: str, seconds: float) -> bool:
         return self.store.lease(name, seconds)
+
+    def note(self, name: str, moment: float) -> None:
+        self.store.note(name, moment)
+
+    def noted(self, name: str) -> float | None:
+        return self.store.noted(name)
+
+    def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
+        return chain(self.old.check(repair=repair, seen=seen), self.store.check(repair=repair, seen=seen))
+
+    def optimize(self, *, full: bool = False) -> Iterator[Improvement]:
+        return chain(self.old.optimize(full=full), self.store.optimize(full=full))
 
     def close(self) -> None:
         self.store.close()

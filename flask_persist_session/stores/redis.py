@@ -9,6 +9,7 @@ the four together. The shard is the hash tag, so on a cluster they share a slot:
     persist:web:{3fa}:facts        hash: session id to its facts
     persist:web:{3fa}:u:…          session ids of one user by created_at
     persist:web:lease:sweep        a lease
+    persist:web:note:cleanup       a note
 
 The time to live of the keys is a safety net for a store that nobody sweeps; expiry is judged by the manager.
 """
@@ -32,7 +33,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
-from ..records import Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import Change, Deletion, Finding, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import dump_tags, pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, number, seconds
@@ -44,11 +45,14 @@ from .base import (
     check_save,
     combined,
     conflict,
+    ignore,
     log_unreadable,
+    moment_in,
     order_and_cut,
     per_tag,
     that_of,
 )
+from .redis_upkeep import RedisCheck
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
 _MARGIN = 7 * 86400
@@ -245,6 +249,18 @@ class RedisStore(SessionStore):
             milliseconds = max(0, round(seconds * 1000))
             return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))
 
+    def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
+        return RedisCheck(_Checked(self), self._prefix, repair=repair, seen=seen).run()
+
+    def note(self, name: str, moment: float) -> None:
+        with self._errors():
+            self._client.set(f"{self._prefix}:note:{name}", repr(moment))
+
+    def noted(self, name: str) -> float | None:
+        with self._errors():
+            found = self._client.get(f"{self._prefix}:note:{name}")
+        return moment_in((found or b"").decode("ascii", "replace"))
+
     def close(self) -> None:
         with self._errors():
             (self._clients or self._shared_client).close()
@@ -268,9 +284,7 @@ class RedisStore(SessionStore):
         return f"{self._prefix}:{{{shard}}}:u:{user_id}"
 
     def _save_arguments(self, record: SessionRecord) -> tuple[Any, ...]:
-        # From the record's own times, so that a clock other than the server's does no harm.
-        lifetime = round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
-        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), lifetime
+        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), _lifetime(record)
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         return 1, self._key(session_id), "" if expected is None else expected
@@ -391,6 +405,60 @@ class RedisStore(SessionStore):
         if any(word in str(error) for word in _PASSING):
             return StoreUnavailable(f"{self._name} cannot serve at the moment: {error}")
         return StoreError(f"{self._name} failed: {error}")
+
+
+class _Checked:
+    """What a check needs of the server."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+
+    def keys(self, count: int) -> Iterator[str]:
+        # What a pattern means by these characters is not meant.
+        prefix = re.sub(r"([*?\[\]^\\])", r"\\\1", self._store._prefix)
+        with self._store._errors():
+            for key in self._store._client.scan_iter(match=f"{prefix}:*", count=count):
+                yield _text(key)
+
+    def members(self, key: str, count: int) -> Iterator[str]:
+        client = self._store._client
+        scan = client.hscan_iter if key.endswith("}:facts") else client.zscan_iter
+        with self._store._errors():
+            for member, *_ in scan(_bytes(key), count=count):
+                yield _text(member)
+
+    def evaluate(self, script: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        run = _Script(script)
+        given = [(1, *(_bytes(part) if isinstance(part, str) else part for part in call)) for call in calls]
+        with self._store._errors(), self._store._client.pipeline(transaction=False) as pipeline:
+            for number, arguments in enumerate(given):
+                # The text comes once, for the server keeps it: it is as long as a session.
+                pipeline.execute_command(*(("EVALSHA", run.sha) if number else ("EVAL", run.text)), *arguments)
+            answers = pipeline.execute(raise_on_error=False) if given else []
+            return [self._settled(run, *call) for call in zip(given, answers, strict=True)]
+
+    def _settled(self, script: _Script, arguments: tuple[Any, ...], answer: Any) -> Any:
+        """The answer to a call, once more if the server has lost the script; what is wrong with the key is an answer."""
+        if isinstance(answer, redis.exceptions.NoScriptError):
+            return self._store._run(script, arguments)
+        if isinstance(answer, redis.RedisError) and not isinstance(answer, redis.ResponseError):
+            raise answer
+        return answer
+
+    def read(self, packed: Any, version: Any) -> SessionRecord | None:
+        return _record([packed, version])
+
+    def reindexing(self, record: SessionRecord) -> tuple[Any, ...]:
+        return _facts(record), _lifetime(record)
+
+
+def _text(key: bytes) -> str:
+    """A key or member as text, whatever bytes it has; ``_bytes`` turns it back."""
+    return key.decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 class _Script:
@@ -571,6 +639,12 @@ def _facts(record: SessionRecord) -> bytes:
     ended, size = record.ended_at is not None, len(record.data)
     numbers = _FACTS.pack(record.expires_at, record.created_at, size, ended, owner_size, len(user))
     return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
+
+
+def _lifetime(record: SessionRecord) -> int:
+    """The time to live of its key in milliseconds."""
+    # From the record's own times, so that a clock other than the server's does no harm.
+    return round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
 
 
 def _stats(sums: list[Any]) -> StoreStats:

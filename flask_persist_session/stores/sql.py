@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import islice
@@ -19,7 +19,17 @@ from typing import Any
 import peewee as pw
 
 from ..exceptions import SerializationError, StoreError, StoreUnavailable
-from ..records import LAST_MOMENT, Change, Deletion, SessionQuery, SessionRecord, StoreStats, is_session_id
+from ..records import (
+    LAST_MOMENT,
+    Change,
+    Deletion,
+    Finding,
+    Improvement,
+    SessionQuery,
+    SessionRecord,
+    StoreStats,
+    is_session_id,
+)
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
 from . import Location
 from .base import (
@@ -30,12 +40,14 @@ from .base import (
     can_match,
     check_save,
     conflict,
+    ignore,
     log_unreadable,
     order_and_cut,
     per_tag,
     that_of,
 )
 from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
+from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
 _PAGE = 500
@@ -55,6 +67,10 @@ def open_location(location: Location, namespace: str) -> SQLStore:
     """
     name, connect, patience = (open_sqlite if location.scheme == "sqlite" else open_postgresql)(location)
     return SQLStore(connect, namespace, name=name, patience=patience)
+
+
+class _WrongSchema(StoreError):
+    """The table is that of another release."""
 
 
 class SQLStore(SessionStore):
@@ -224,6 +240,51 @@ class SQLStore(SessionStore):
                 return seconds > 0
             row = leases.insert(name=key, holder=holder, until=now + seconds).on_conflict_ignore()
             return bool(row.as_rowcount().execute(database)) and seconds > 0
+
+    def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
+        try:
+            self._ready_database()
+            with self._unhurried() as database:
+                check = SQLCheck(database, self._model, repair=repair, seen=seen, read=_named_record)
+                with translated:
+                    yield from check.run()
+        except pw.PeeweeException as error:
+            if not isinstance(error, pw.DatabaseError) or _will_pass(error):
+                raise self._failure(error) from error
+            text = f"it cannot be read: {error}; restore the newest backup into a new database"
+            yield Finding(kind="database", where=self._name, text=text)
+        except _WrongSchema as error:
+            yield Finding(kind="schema", where=self._name, text=str(error))
+
+    def optimize(self, *, full: bool = False) -> Iterator[Improvement]:
+        with self._using(), self._unhurried() as database, translated:
+            yield from tidy_up(database, self._model._meta.table_name, full=full)
+
+    @contextmanager
+    def _unhurried(self) -> Iterator[PerThread]:
+        """The database on a connection of its own, on which a statement may take as long as it takes."""
+        database = self._connect()
+        database.take_time()
+        try:
+            yield database
+        finally:
+            database.close()
+
+    def note(self, name: str, moment: float) -> None:
+        leases, key = self._leases, self._note_key(name)
+        row = leases.insert(name=key, holder="", until=moment)
+        with self._using() as database:
+            row.on_conflict(conflict_target=[leases.name], update={leases.until: moment}).execute(database)
+
+    def noted(self, name: str) -> float | None:
+        leases = self._leases
+        with self._using() as database:
+            found = leases.select(leases.until).where(leases.name == self._note_key(name)).scalar(database)
+        return found if isinstance(found, float) else None
+
+    def _note_key(self, name: str) -> str:
+        # Beside the leases, whose names have no space.
+        return f"{self._namespace}:note {name}"
 
     def close(self) -> None:
         # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
@@ -411,7 +472,7 @@ class SQLStore(SessionStore):
             self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
         found = self._schema.select(self._schema.version).where(self._schema.name == table).scalar(database)
         if found != SCHEMA_VERSION:
-            raise StoreError(
+            raise _WrongSchema(
                 f"{self._name} has version {found} of the table {table}, this release knows {SCHEMA_VERSION}; "
                 "use the release that made it, or a newer one"
             )
@@ -517,6 +578,10 @@ def _record(row: Sequence[Any]) -> SessionRecord:
         return record_of(*row)
     except DAMAGED as error:
         raise SerializationError(f"the row is damaged: {error}") from error
+
+
+def _named_record(values: dict[str, Any]) -> SessionRecord:
+    return _record([values[name] for name in _COLUMNS])
 
 
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:

@@ -1,0 +1,563 @@
+"""A check finds what is broken in a store and mends it where nothing is lost; it finds nothing where others only work."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from flask_persist_session import Finding, SerializationError, SessionQuery, SessionStore, open_store
+from flask_persist_session.stores import file_upkeep, frames
+from flask_persist_session.testing import following, make_record
+from tests.servers import RedisServer
+
+NewURL = Callable[[str], str]
+
+
+def kinds(store: SessionStore, *, repair: bool = False) -> list[tuple[str, bool]]:
+    """What a check finds: of which kind, and whether it was repaired."""
+    return sorted((finding.kind, finding.repaired) for finding in store.check(repair=repair))
+
+
+def found_and_repaired(store: SessionStore, kind: str) -> None:
+    """A check finds one thing of *kind*, a repair mends it, and then there is nothing to find."""
+    assert kinds(store) == [(kind, False)]
+    assert kinds(store) == [(kind, False)]  # looking changes nothing
+    assert kinds(store, repair=True) == [(kind, True)]
+    assert kinds(store) == []
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is alone in these tests need not be waited for; where others write it is."""
+    if "shared_url" not in request.fixturenames:
+        monkeypatch.setattr(file_upkeep, "_SETTLED", 0.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "sessions" / "web"
+
+
+@pytest.fixture
+def files(root: Path) -> SessionStore:
+    return open_store(f"file://{root.parent}")
+
+
+RECORD = make_record(7, user_id="alice")
+
+
+def path_of(root: Path) -> Path:
+    return root / RECORD.id[:3] / f"{RECORD.id}.session"
+
+
+def written(files: SessionStore, root: Path, versions: int = 6) -> list[int]:
+    """Save *RECORD* in so many versions; returns where the frame of each ends in the file."""
+    record, ends = RECORD, []
+    files.save(record, expected=0)
+    ends.append(path_of(root).stat().st_size)
+    for version in range(2, versions + 1):
+        record = following(record, data=bytes([version]) * (40 * version))
+        files.save(record, expected=version - 1)
+        ends.append(path_of(root).stat().st_size)
+    return ends
+
+
+def cut(content: bytes, start: int, _: random.Random) -> bytes:
+    return content[:start]
+
+
+def flipped(content: bytes, start: int, rng: random.Random) -> bytes:
+    return content[:start] + bytes(byte ^ rng.randrange(1, 256) for byte in content[start:])
+
+
+def zeroed(content: bytes, start: int, _: random.Random) -> bytes:
+    return content[:start] + bytes(len(content) - start)
+
+
+def overgrown(content: bytes, start: int, rng: random.Random) -> bytes:
+    return content[:start] + rng.randbytes(rng.randrange(1, 3000))
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, zeroed, overgrown])
+def test_repair_brings_back_the_last_intact_state(files: SessionStore, root: Path, damage: Callable[..., bytes]) -> None:
+    """Wherever the damage of a file begins, a repair leaves it with the last state that ends before it."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for number in range(60):
+        files.delete(RECORD.id)
+        ends = written(files, root)
+        start = rng.randrange(ends[-1])
+        content = path_of(root).read_bytes()
+        if damage is zeroed and not any(content[start:]):
+            continue
+        damaged = damage(content, start, rng)
+        path_of(root).write_bytes(damaged)
+        # The last four bytes of a frame only help to find it from behind.
+        whole = sum(end - 4 <= start and end <= len(damaged) for end in ends)
+        told = f"seed {seed}, round {number}: from byte {start} of {ends}"
+        repaired = kinds(files, repair=True)
+        record = files.get(RECORD.id)
+        assert (record.version if record else 0) == whole, told
+        assert all(done for _, done in repaired), told
+        assert kinds(files) == [], told
+        if record is not None:
+            assert [one.id for one in files.find(SessionQuery(user_id="alice"))] == [RECORD.id], told
+            files.save(following(record, data=b"on"), expected=record.version)
+
+
+def test_torn_tail_is_found(files: SessionStore, root: Path) -> None:
+    """A file that ends in the middle of a frame is cut to the last whole one."""
+    ends = written(files, root)
+    os.truncate(path_of(root), ends[-1] - 5)
+    found_and_repaired(files, "torn")
+    assert path_of(root).stat().st_size == ends[-2]
+    assert not (root / "damaged").exists()  # half a frame tells nothing
+
+
+def test_damage_is_kept_for_people(files: SessionStore, root: Path) -> None:
+    """What no crash leaves, such as zeros in place of a frame, is copied before it is cut off."""
+    ends = written(files, root)
+    damaged = path_of(root).read_bytes()[: ends[-2]] + bytes(500)
+    path_of(root).write_bytes(damaged)
+    found_and_repaired(files, "torn")
+    [aside] = (root / "damaged").iterdir()
+    assert aside.read_bytes() == damaged
+    assert aside.stat().st_mode & 0o777 == 0o600
+
+
+def test_file_without_an_intact_state(files: SessionStore, root: Path) -> None:
+    """A file of which nothing is intact is moved out of the way, so that nobody meets it any more."""
+    written(files, root)
+    path_of(root).write_bytes(b"nothing of a session" * 50)
+    with pytest.raises(SerializationError):
+        files.get(RECORD.id)
+    assert kinds(files) == [("record", False)]
+    # The entry of the index follows: whose it was cannot be known before.
+    assert kinds(files, repair=True) == [("index", True), ("record", True)]
+    assert files.get(RECORD.id) is None
+    assert kinds(files) == []
+
+
+def test_record_that_another_release_wrote(files: SessionStore, root: Path) -> None:
+    """An intact frame whose record cannot be read may be that of a newer release: it stays where it is."""
+    written(files, root)
+    content = frames.framed(1, b"a record of the future")
+    path_of(root).write_bytes(content)
+    assert kinds(files, repair=True) == [("record", False)]
+    assert path_of(root).read_bytes() == content
+
+
+def test_creation_that_was_stopped(files: SessionStore, root: Path) -> None:
+    """A file in which nothing was ever saved is removed, and so is its entry in the index."""
+    ends = written(files, root, versions=1)
+    os.truncate(path_of(root), ends[0] - 1)
+    assert kinds(files, repair=True) == [("index", True), ("leftover", True)]
+    assert kinds(files) == []
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_temporary_file_of_a_stopped_rewrite(files: SessionStore, root: Path, alone: bool) -> None:
+    """The temporary file of a rewrite that was stopped is removed, whether its session is still there or not."""
+    written(files, root)
+    if alone:
+        files.delete(RECORD.id)
+    path_of(root).with_name(f"{path_of(root).name}.tmp").write_bytes(b"half")
+    path_of(root).with_name(f"{path_of(root).name}.tmp").chmod(0o600)
+    found_and_repaired(files, "leftover")
+
+
+def test_temporary_file_of_a_rewrite_under_way(files: SessionStore, root: Path) -> None:
+    """The temporary file of a rewrite that is going on is neither reported nor removed."""
+    written(files, root)
+    path = str(path_of(root))
+    handle, _ = frames.lock(path, 5.0, create=False)
+    Path(f"{path}.tmp").touch(mode=0o600)
+    Path(f"{path}.tmp").write_bytes(Path(path).read_bytes())
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(kinds, files, repair=True)
+        with suppress(TimeoutError):
+            checking.result(timeout=0.1)
+        assert Path(f"{path}.tmp").exists()
+        os.rename(f"{path}.tmp", path)
+        frames.unlock(handle)
+        assert checking.result() == []
+
+
+def test_entry_without_session(files: SessionStore, root: Path) -> None:
+    """An entry of the index of users that leads nowhere is removed."""
+    written(files, root)
+    path_of(root).unlink()
+    found_and_repaired(files, "index")
+
+
+def test_session_without_entry(files: SessionStore, root: Path) -> None:
+    """A session that is missing in the index of its user is entered again."""
+    written(files, root)
+    next((path_of(root).parent / "users").glob("*/*")).unlink()
+    assert not list(files.find(SessionQuery(user_id="alice")))
+    found_and_repaired(files, "index")
+    assert [record.id for record in files.find(SessionQuery(user_id="alice"))] == [RECORD.id]
+
+
+def test_entry_of_another_user(files: SessionStore, root: Path) -> None:
+    """An entry under a user whose session it is not is removed; that of its user stays."""
+    written(files, root)
+    wrong = path_of(root).parent / "users" / ("0" * 64)
+    wrong.mkdir(mode=0o700)
+    (wrong / RECORD.id).touch(mode=0o600)
+    found_and_repaired(files, "index")
+    assert [record.id for record in files.find(SessionQuery(user_id="alice"))] == [RECORD.id]
+
+
+def test_modes(files: SessionStore, root: Path) -> None:
+    """Files and directories that others may read or write are closed again."""
+    written(files, root)
+    path_of(root).chmod(0o644)
+    found_and_repaired(files, "mode")
+    assert path_of(root).stat().st_mode & 0o777 == 0o600
+    (path_of(root).parent / "users").chmod(0o755)
+    found_and_repaired(files, "mode")
+    files.note("cleanup", 1.0)
+    (root / "notes" / "cleanup").chmod(0o606)
+    found_and_repaired(files, "mode")
+
+
+def test_foreign_files_stay(files: SessionStore, root: Path) -> None:
+    """What no store has put there is reported and stays: it may be somebody's."""
+    written(files, root)
+    (root / "notes.txt").write_text("mine")
+    (path_of(root).parent / "core").mkdir()
+    (path_of(root).parent / f"{'f' * 67}.session").write_text("no id of a session")
+    os.symlink("/etc/passwd", path_of(root).with_name(f"{RECORD.id[:3]}{'0' * 64}.session"))
+    os.mkfifo(path_of(root).with_name(f"{RECORD.id[:3]}{'1' * 64}.session"))
+    assert kinds(files, repair=True) == [("foreign", False)] * 5
+    assert kinds(files) == [("foreign", False)] * 5
+
+
+def test_removing_an_entry_does_not_harm_who_creates_the_session(files: SessionStore, root: Path) -> None:
+    """A session that comes into being while its entry without session is being removed is in the index afterwards."""
+    for _ in range(100):
+        written(files, root, versions=1)
+        path_of(root).unlink()
+        start = Barrier(2)
+
+        def create(start: Barrier = start) -> None:
+            start.wait()
+            files.save(RECORD, expected=0)
+
+        def repair(start: Barrier = start) -> None:
+            start.wait()
+            list(files.check(repair=True))
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(create), pool.submit(repair)]:
+                done.result()
+        assert [record.id for record in files.find(SessionQuery(user_id="alice"))] == [RECORD.id]
+        files.delete(RECORD.id)
+
+
+def test_optimize_rewrites_files_of_many_states(files: SessionStore, root: Path) -> None:
+    """A file that holds earlier states becomes as small as its record; the disk has the room back."""
+    record = RECORD
+    files.save(record, expected=0)
+    for version in range(1, 40):
+        record = following(record, data=bytes([version]) * 500)
+        files.save(record, expected=version)
+    before = path_of(root).stat().st_blocks * 512
+    [done] = files.optimize()
+    assert done.freed == before - path_of(root).stat().st_blocks * 512 > 0
+    assert files.get(record.id) == record
+    assert list(files.optimize()) == []
+
+
+def test_optimize_removes_directories_of_users_without_sessions(files: SessionStore, root: Path) -> None:
+    """The directory of a user who has no session any more is removed; the user can sign in again."""
+    written(files, root)
+    files.delete(RECORD.id)
+    [done] = files.optimize()
+    assert "1 directories" in done.text
+    assert not list((path_of(root).parent / "users").iterdir())
+    written(files, root)
+    assert kinds(files) == []
+
+
+# SQLite and PostgreSQL ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+def sqlite(database: Path) -> Iterator[SessionStore]:
+    store = open_store(f"sqlite:///{database}")
+    for number in range(600):
+        store.save(make_record(number), expected=0)
+    yield store
+    store.close()
+
+
+def tell(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def test_missing_index_is_created(sqlite: SessionStore, database: Path) -> None:
+    """An index that is missing is made again."""
+    tell(database, "DROP INDEX persist_session_web_expiry")
+    found_and_repaired(sqlite, "schema")
+
+
+def test_index_out_of_step_is_made_anew(sqlite: SessionStore, database: Path) -> None:
+    """An index in which rows are missing is told by SQLite itself, and made anew."""
+    name = "persist_session_web_user"
+    plain = f"CREATE INDEX {name} ON persist_session_web (user_id, tenant_id)"
+    tell(
+        database,
+        f"DROP INDEX {name}",
+        f"{plain} WHERE user_id = 'nobody'",
+        "PRAGMA writable_schema = 1",
+        f"UPDATE sqlite_master SET sql = '{plain}' WHERE name = '{name}'",
+    )
+    sqlite.close()
+    before = kinds(sqlite)
+    assert before
+    assert set(before) == {("database", False)}
+    assert set(kinds(sqlite, repair=True)) == {("database", True)}
+    assert kinds(sqlite) == []
+
+
+def test_damaged_row_stays(sqlite: SessionStore, database: Path) -> None:
+    """A row that cannot be read is reported, with what to do; nothing is taken away, and the others are all seen."""
+    damaged = make_record(3).id
+    tell(database, f"UPDATE persist_session_web SET metadata = '[' WHERE id = '{damaged}'")
+    seen: list[Any] = []
+    [finding] = sqlite.check(repair=True, seen=seen.append)
+    assert (finding.kind, finding.where, finding.repaired) == ("record", damaged, False)
+    assert len(seen) == 599
+    assert sqlite.count(SessionQuery()) == 600
+
+
+def test_database_that_everybody_may_read(sqlite: SessionStore, database: Path) -> None:
+    """A database file that everybody may read is closed to them; what its group may do stays."""
+    for path in database.parent.glob("sessions.db*"):
+        path.chmod(0o660)
+    assert kinds(sqlite) == []
+    database.chmod(0o664)
+    found_and_repaired(sqlite, "mode")
+    assert database.stat().st_mode & 0o777 == 0o660
+
+
+def test_database_that_is_none(sqlite: SessionStore, database: Path) -> None:
+    """A file that is no database any more is a finding, and no error."""
+    sqlite.close()
+    for path in database.parent.glob("sessions.db*"):
+        path.unlink()
+    database.write_bytes(b"no database" * 1000)
+    database.chmod(0o600)
+    fresh = open_store(f"sqlite:///{database}")
+    [finding] = fresh.check(repair=True)
+    assert (finding.kind, finding.repaired) == ("database", False)
+    assert "backup" in finding.text
+
+
+def test_damaged_pages(sqlite: SessionStore, database: Path) -> None:
+    """Damaged pages are findings, and no error."""
+    sqlite.close()
+    size = database.stat().st_size
+    with database.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(range(256)) * 64)
+    assert ("database", False) in kinds(open_store(f"sqlite:///{database}"), repair=True)
+
+
+def test_schema_of_another_release(sqlite: SessionStore, database: Path) -> None:
+    """A table of another release is a finding that says what to do."""
+    tell(database, "UPDATE persist_schema SET version = 99")
+    [finding] = open_store(f"sqlite:///{database}").check(repair=True)
+    assert (finding.kind, finding.repaired) == ("schema", False)
+
+
+def test_optimize_gives_back_room(sqlite: SessionStore, database: Path) -> None:
+    """The log of the database is emptied; the database itself, for which writers wait, is rewritten only in full."""
+    for number in range(590):
+        sqlite.delete(make_record(number).id)
+    before = database.stat().st_size
+    assert sum(done.freed for done in sqlite.optimize()) > 0
+    assert (database.parent / "sessions.db-wal").stat().st_size == 0
+    assert database.stat().st_size >= before
+    before = database.stat().st_size
+    [freed] = [done.freed for done in sqlite.optimize(full=True) if "rewrote" in done.text]
+    assert freed == before - database.stat().st_size > 0
+    assert sqlite.count(SessionQuery()) == 10
+
+
+def test_missing_index_of_postgresql(new_url: NewURL) -> None:
+    """PostgreSQL gets its index again too, and without locking anybody out."""
+    store = open_store(new_url("postgresql"))
+    store.save(RECORD, expected=0)
+    store._database.execute_sql("DROP INDEX persist_session_web_user")  # type: ignore[attr-defined]
+    found_and_repaired(store, "schema")
+    store.close()
+
+
+# Redis ----------------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """A store on Redis with one session, and a client to break its keys with."""
+
+    def __init__(self, server: RedisServer, url: str) -> None:
+        self.client: Any = server.client()
+        self.store = open_store(url)
+        self.store.save(RECORD, expected=0)
+        prefix = f"{url.partition('prefix=')[2]}:web"
+        shard = f"{prefix}:{{{RECORD.id[:3]}}}"
+        self.prefix = prefix
+        self.session, self.expiry, self.facts = f"{shard}:s:{RECORD.id}", f"{shard}:expiry", f"{shard}:facts"
+        self.user = f"{shard}:u:alice"
+
+
+@pytest.fixture
+def keys(redis_server: RedisServer, new_url: NewURL) -> Iterator[Keys]:
+    made = Keys(redis_server, new_url("redis"))
+    yield made
+    made.client.close()
+    made.store.close()
+
+
+BREAKING: dict[str, Callable[[Keys], object]] = {
+    "no expiry": lambda keys: keys.client.delete(keys.expiry),
+    "wrong expiry": lambda keys: keys.client.zadd(keys.expiry, {RECORD.id: 1.0}),
+    "no facts": lambda keys: keys.client.delete(keys.facts),
+    "wrong facts": lambda keys: keys.client.hset(keys.facts, RECORD.id, b"wrong"),
+    "wrong facts of its own": lambda keys: keys.client.hset(keys.session, "facts", b"wrong"),
+    "no user": lambda keys: keys.client.delete(keys.user),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKING)
+def test_session_that_nothing_leads_to(keys: Keys, broken: str) -> None:
+    """A session that an index or the statistics miss is entered again."""
+    BREAKING[broken](keys)
+    found_and_repaired(keys.store, "index")
+    assert [record.id for record in keys.store.find(SessionQuery(user_id="alice"))] == [RECORD.id]
+    assert keys.store.stats(now=0.0).total == keys.store.count(SessionQuery()) == 1
+
+
+def test_entries_of_a_session_that_is_gone(keys: Keys) -> None:
+    """What leads to a session that is gone is removed, from all three."""
+    keys.client.delete(keys.session)
+    assert kinds(keys.store) == [("index", False)] * 3
+    assert kinds(keys.store, repair=True) == [("index", True)] * 3
+    assert kinds(keys.store) == []
+    assert not keys.client.exists(keys.expiry, keys.facts, keys.user)
+
+
+def test_index_of_very_many_entries(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that is too long for one step of the server is gone through a part at a time, to the same end."""
+    monkeypatch.setattr("flask_persist_session.stores.redis_upkeep._AT_ONCE", 0)
+    assert kinds(keys.store) == []
+    keys.client.delete(keys.session)
+    assert kinds(keys.store, repair=True) == [("index", True)] * 3
+    assert kinds(keys.store) == []
+
+
+def test_entry_under_another_user_of_redis(keys: Keys) -> None:
+    """An entry under a user whose session it is not is removed."""
+    keys.client.zadd(f"{keys.user}}}:x", {RECORD.id: 1.0})
+    found_and_repaired(keys.store, "index")
+
+
+@pytest.mark.parametrize("index", ["expiry", "facts", "user"])
+def test_index_of_a_wrong_type(keys: Keys, index: str) -> None:
+    """A key in the place of an index is renamed, and the index made anew."""
+    key = getattr(keys, index)
+    keys.client.delete(key)
+    keys.client.set(key, "something else")
+    assert {kind for kind, _ in kinds(keys.store)} == {"type", "index"}
+    kinds(keys.store, repair=True)
+    assert kinds(keys.store) == []
+    [aside] = keys.client.keys(f"{keys.prefix}:*:damaged:*")
+    assert keys.client.get(aside) == b"something else"
+
+
+def test_record_of_redis_that_cannot_be_read(keys: Keys) -> None:
+    """Neither a record that cannot be read nor a key of a wrong type in its place is taken away."""
+    keys.client.hset(keys.session, "record", b"nothing")
+    assert kinds(keys.store, repair=True) == [("record", False)]
+    keys.client.delete(keys.session)
+    keys.client.set(keys.session, "something else")
+    assert kinds(keys.store, repair=True) == [("type", False)]
+    assert keys.client.get(keys.session) == b"something else"
+
+
+def test_foreign_keys_stay(keys: Keys) -> None:
+    """What no store has put below its prefix is reported and stays; other prefixes are not looked at."""
+    keys.client.set(f"{keys.prefix}:mine", "kept")
+    keys.client.set(f"{keys.prefix}x:mine", "kept")
+    assert kinds(keys.store, repair=True) == [("foreign", False)]
+    assert keys.client.get(f"{keys.prefix}:mine") == b"kept"
+
+
+# Others at work -------------------------------------------------------------------------------------------------------
+
+
+def work(url: str, number: int, stop: Event, started: Any) -> int:
+    """Create, change, end and remove sessions until told to stop; returns how many are left."""
+    store, rng, kept = open_store(url), random.Random(number), {}
+    started.wait()
+    for count in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+        record = make_record(number * 10**6 + count, user_id=rng.choice((None, "alice", f"user {count}")))
+        store.save(record, expected=0)
+        kept[record.id] = record
+        for session_id in rng.sample(list(kept), min(len(kept), 6)):
+            record = following(kept[session_id], data=rng.randbytes(rng.randrange(3000)))
+            if kept[session_id].ended_at is None and rng.random() < 0.1:
+                record = following(kept[session_id], ended_at=1.0, end_reason="logout", data=b"")
+            store.save(record, expected=record.version - 1)
+            kept[session_id] = record
+        if len(kept) > 40:
+            session_id = rng.choice(list(kept))
+            assert store.delete(session_id, expected=kept.pop(session_id).version)
+    store.close()
+    return len(kept)
+
+
+def test_nothing_is_found_while_others_work(shared_url: str) -> None:
+    """While processes create, change, end and remove sessions, checks find nothing, and their repairs harm nobody."""
+    context = get_context("spawn")
+    findings: list[Finding] = []
+    checked = 0
+    with context.Manager() as manager, context.Pool(2) as pool, closing(open_store(shared_url)) as store:
+        stop, started = manager.Event(), manager.Barrier(3)
+        working = [pool.apply_async(work, (shared_url, number, stop, started)) for number in range(2)]
+        started.wait(60)
+        while checked < 10:
+            seen: list[Any] = []
+            findings += store.check(repair=checked % 2 == 1, seen=seen.append)
+            list(store.optimize())
+            checked += len(seen) > 30  # now there is something to be met in the middle
+        stop.set()
+        left = sum(worker.get(timeout=60) for worker in working)
+        assert findings == []
+        assert store.count(SessionQuery()) == left
+        assert list(store.check(repair=False)) == []
