@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -91,12 +92,20 @@ class Lifetime:
     def ended(self, record: SessionRecord, reason: str, *, forget: bool = False) -> SessionRecord:
         """The last version of *record*: without data, and with *forget* without tags and metadata, kept for a while.
 
-        So whoever comes with it can be told why, and neither a request under way nor an older backup brings it back.
+        So whoever comes with it can be told why, and neither a request under way nor an older backup brings it back. Its
+        last access is told up to a second too early.
         """
         now = self.clock()
         keep = max(self.keep_ended, GRACE) if reason in _LEFT else self.keep_ended
         closed = replace(
-            record, data=b"", ended_at=now, end_reason=reason, expires_at=now + keep, version=record.version + 1
+            record,
+            data=b"",
+            # Tells this ending from any other at the same moment: whoever had to send it twice knows it again.
+            accessed_at=record.accessed_at - random.random(),
+            ended_at=now,
+            end_reason=reason,
+            expires_at=now + keep,
+            version=record.version + 1,
         )
         return replace(closed, tags=frozenset(), metadata={}) if forget else closed
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -520,8 +519,7 @@ class SessionManager:
         return self._retire(foreign, "logout")
 
     def _tombstone(self, foreign: Foreign, reason: str) -> SessionRecord:
-        # The metadata tells it from that of another request at the same moment.
-        record = self._nobodys(foreign.id, b"", foreign.valid_until, {"by": secrets.token_hex(8)}, foreign.version)
+        record = self._nobodys(foreign.id, b"", foreign.valid_until, {}, foreign.version)
         ended = self._lifetime.ended(record, reason)
         return replace(ended, expires_at=max(ended.expires_at, foreign.valid_until))
 
@@ -754,19 +752,22 @@ class SessionManager:
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, and what a receiver raises.
         """
         began, total = self.clock(), 0
-        while True:
-            ended, moved = self._revoke_found(began, on_batch)
+        moved: set[str] = set()
+        for _attempt in range(_ATTEMPTS):
+            ended, moving = self._revoke_found(began, on_batch)
             total += ended
-            if not ended and not moved:
+            # One that moves on meanwhile may go to where the listing has been already.
+            if not ended and moving <= moved:
                 return total
+            moved |= moving
+        raise SessionConflict(f"sessions moved to new tokens {_ATTEMPTS} times while they were being revoked; try again")
 
-    def _revoke_found(self, began: float, on_batch: Callable[[int], object]) -> tuple[int, bool]:
-        """One pass: how many it ended, and whether one has moved since *began*, perhaps to where the listing had been."""
-        total, moved = 0, False
+    def _revoke_found(self, began: float, on_batch: Callable[[int], object]) -> tuple[int, set[str]]:
+        """One pass: how many sessions it ended, and the ids of those that had moved on since *began*."""
+        total, moved = 0, set()
         for batch in batches(self.store.find(SessionQuery(created_before=math.nextafter(began, math.inf)))):
-            active = [record for record in batch if self._lifetime.state(record) == "active"]
-            ended = self._revoke_batch(active)
-            moved = moved or any(r.end_reason == "regenerated" and (r.ended_at or 0.0) >= began for r in batch)
+            ended = self._revoke_batch([record for record in batch if self._lifetime.state(record) == "active"])
+            moved |= {r.id for r in batch if r.end_reason == "regenerated" and (r.ended_at or 0.0) >= began}
             on_batch(ended)
             total += ended
         return total, moved
