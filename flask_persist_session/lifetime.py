@@ -57,8 +57,9 @@ class Lifetime:
 
         Also if that lies in the future: the clock was wrong then, and what it wrote must not last for ever.
         """
-        age = self.clock() - renewed_at
-        return age >= self.renew_interval or age < -_CLOCK_SLACK
+        now = self.clock()
+        # Compared only: a cookie may claim a number that is no time.
+        return renewed_at <= now - self.renew_interval or renewed_at > now + _CLOCK_SLACK
 
     def is_fresh(self, record: SessionRecord) -> bool:
         """Whether *record* was renewed less than an interval ago."""

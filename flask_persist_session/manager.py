@@ -766,7 +766,8 @@ class SessionManager:
         """One pass: how many sessions it ended, and the ids of those that had moved on since *began*."""
         total, moved = 0, set()
         for batch in batches(self.store.find(SessionQuery(created_before=math.nextafter(began, math.inf)))):
-            ended = self._revoke_batch([record for record in batch if self._lifetime.state(record) == "active"])
+            active = [record for record in batch if self._lifetime.state(record) == "active"]
+            ended = self._revoke_batch(active) if active else 0
             moved |= {r.id for r in batch if r.end_reason == "regenerated" and (r.ended_at or 0.0) >= began}
             on_batch(ended)
             total += ended
