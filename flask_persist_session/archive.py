@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -321,3 +322,11 @@ def ahead(items: Iterator[_T]) -> Iterator[_T]:
         while (item := pending.result()) is not None:
             pending = thread.submit(fetch)
             yield item
+
+
+def is_still(path: str, handle: int) -> bool:
+    """Whether *path* names the open file of *handle*, which somebody may have removed or replaced meanwhile."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

@@ -12,9 +12,10 @@ from datetime import datetime, timezone
 from itertools import count
 from typing import BinaryIO
 
-from .archive import Manifest, Progress, silent, verify
+from .archive import Manifest, Progress, is_still, silent, verify
 from .exceptions import BackupError
 from .stores import make_directory
+from .stores.frames import sync_directory
 
 _NAME = re.compile(r"sessions_backup_(\d{8}-\d{6})(?:-(\d{1,6}))?\.tar\.gz", re.ASCII)
 _FORM = "%Y%m%d-%H%M%S"
@@ -73,7 +74,7 @@ def drafting(place: str, now: float) -> Iterator[Draft]:
             with suppress(FileNotFoundError):
                 os.unlink(_unfinished(draft.path))
             raise
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def _unfinished(path: str) -> str:
@@ -107,7 +108,7 @@ def _take(path: str) -> Draft | None:
         return None
     file = os.fdopen(handle, "wb")
     # Between the two calls somebody might take it for abandoned.
-    if not _lock(handle) or not _is_still(unfinished, handle):
+    if not _lock(handle) or not is_still(unfinished, handle):
         file.close()
         return None
     if os.path.lexists(path):
@@ -123,7 +124,7 @@ def _remove_abandoned(directory: str) -> None:
         if name.startswith(".") and name.endswith(_UNFINISHED):
             path = os.path.join(directory, name)
             with suppress(FileNotFoundError), open(path, "rb") as file:
-                if _lock(file.fileno()) and _is_still(path, file.fileno()):
+                if _lock(file.fileno()) and is_still(path, file.fileno()):
                     os.unlink(path)
 
 
@@ -133,21 +134,6 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_still(path: str, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_directory(directory: str) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Which there are ------------------------------------------------------------------------------------------------------

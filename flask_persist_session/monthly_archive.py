@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import BinaryIO, NamedTuple
 
-from .archive import LARGEST_MEMBER, Progress, silent
+from .archive import LARGEST_MEMBER, Progress, is_still, silent
 from .exceptions import BackupError, SerializationError
 from .record_lines import dump_record, load_line
 from .records import SessionRecord, is_id_prefix
 from .serializers import DAMAGED
 from .stores import make_directory
+from .stores.frames import sync_directory
 
 _NAME = re.compile(r"sessions_archive_\d{6}\.jsonl\.gz", re.ASCII)
 #: gzip, deflate, an extra field; no time, unknown system; 8 bytes of extra field, of which "PS" has 4: the length.
@@ -90,7 +91,7 @@ class MonthlyArchive:
                 end += _write(handle, _member(content), end)
             os.fsync(handle)
             if start == 0:
-                _sync_directory(self._directory)
+                sync_directory(self._directory)
         except BaseException:
             os.ftruncate(handle, start)
             raise
@@ -164,18 +165,11 @@ def _locked(path: str) -> Iterator[int]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_still(path, handle):  # and was not moved away while we waited
+            if is_still(path, handle):  # and was not moved away while we waited
                 yield handle
                 return
         finally:
             os.close(handle)
-
-
-def _is_still(path: str, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _contents(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -210,14 +204,6 @@ def _write(handle: int, content: bytes, at: int) -> int:
 def _identity(handle: int) -> tuple[int, int, int]:
     status = os.fstat(handle)
     return status.st_dev, status.st_ino, status.st_size
-
-
-def _sync_directory(directory: str) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
