@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 #: So many users a question names.
 _NAMED = 5
-
-
 #: How many tenants, and tags, the table of the statistics has.
 _MOST_ROWS = 10
 

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -136,21 +136,18 @@ class SessionManager:
         self._store_cap.admit()
         created = self._create({} if data is None else data, owner, described, frozenset(labels))
         self._store_cap.count()
-        with self._taken_back(created):
+        with ExitStack() as undo:
+            undo.callback(self._take_back, created)
             self._user_cap.admit(created.record)
+            undo.pop_all()
         self._announcer.created(created.record)
         self._user_cap.evict(created.record)
         return created
 
-    @contextmanager
-    def _taken_back(self, new: StoredSession) -> Iterator[None]:
-        """Delete *new*, whose token nobody has yet, if what follows raises."""
-        try:
-            yield
-        except BaseException:
-            with suppress(StoreError):  # it expires
-                self.store.delete(new.id)
-            raise
+    def _take_back(self, new: StoredSession) -> None:
+        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire."""
+        with suppress(StoreError):
+            self.store.delete(new.id)
 
     def _create(
         self,
@@ -409,15 +406,15 @@ class SessionManager:
         In this order whoever fails before the old session has ended leaves it as it was. A sign-in whose form was sent
         twice goes on beside the one that was faster: nobody knows which of the two answers the browser takes.
         """
-        with self._taken_back(new):
+        ending: Literal["ended", "sent twice"] | None
+        with ExitStack() as undo:
+            undo.callback(self._take_back, new)
             if signs_in:
                 self._user_cap.admit(new.record, replaced=old.id)
-            if end_old():
-                return "ended"
-            if self._is_sent_twice(old, new.record):
-                return "sent twice"
-            self.store.delete(new.id)
-            return None
+            ending = "ended" if end_old() else "sent twice" if self._is_sent_twice(old, new.record) else None
+            if ending is not None:
+                undo.pop_all()
+        return ending
 
     def _end_moved(self, record: SessionRecord, moved: StoredSession) -> bool:
         """End the old session of *moved*, taking along what was changed there; ``False`` if it ended by other means."""
@@ -502,11 +499,12 @@ class SessionManager:
         self._store_cap.admit()
         fresh = self._create(data, owner, metadata or {})
         self._store_cap.count()
-        with self._taken_back(fresh):
+        with ExitStack() as undo:
+            undo.callback(self._take_back, fresh)
             self._user_cap.admit(fresh.record)
             if not self._retire(foreign, "regenerated"):
-                self.store.delete(fresh.id)
                 return None
+            undo.pop_all()
         self._announcer.created(fresh.record)
         self._user_cap.evict(fresh.record)
         return fresh
@@ -519,20 +517,18 @@ class SessionManager:
         return self._retire(foreign, "logout")
 
     def _tombstone(self, foreign: Foreign, reason: str) -> SessionRecord:
-        record = self._nobodys(foreign.id, b"", foreign.valid_until, {}, foreign.version)
+        record = self._nobodys(foreign.id, b"", foreign.valid_until, foreign.version)
         ended = self._lifetime.ended(record, reason)
         return replace(ended, expires_at=max(ended.expires_at, foreign.valid_until))
 
-    def _nobodys(
-        self, session_id: str, payload: bytes, expires_at: float, metadata: Metadata, version: int
-    ) -> SessionRecord:
+    def _nobodys(self, session_id: str, payload: bytes, expires_at: float, version: int) -> SessionRecord:
         now = self.clock()
         return SessionRecord(
             id=session_id,
             user_id=None,
             tenant_id=None,
             tags=frozenset(),
-            metadata=metadata,
+            metadata={},
             data=payload,
             created_at=now,
             accessed_at=now,
@@ -560,7 +556,7 @@ class SessionManager:
 
         *expires_at*: until when it was valid there, in seconds since the epoch. Raises as ``storable`` does.
         """
-        return self._nobodys(session_id, self.storable(data), expires_at, {}, 1)
+        return self._nobodys(session_id, self.storable(data), expires_at, 1)
 
     def end(self, session_id: str, reason: str = "ended") -> bool:
         """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.
@@ -739,7 +735,7 @@ class SessionManager:
                 return revoked
             seen |= {record.id for record in fresh}
             revoked += sum(self.revoke(record.id) for record in fresh if record.ended_at is None)
-        raise SessionConflict(f"sessions moved to new tokens {_ATTEMPTS} times while they were being revoked; try again")
+        raise _still_moving()
 
     # The whole store --------------------------------------------------------------------------------------------------
 
@@ -760,7 +756,7 @@ class SessionManager:
             if not ended and moving <= moved:
                 return total
             moved |= moving
-        raise SessionConflict(f"sessions moved to new tokens {_ATTEMPTS} times while they were being revoked; try again")
+        raise _still_moving()
 
     def _revoke_found(self, began: float, on_batch: Callable[[int], object]) -> tuple[int, set[str]]:
         """One pass: how many sessions it ended, and the ids of those that had moved on since *began*."""
@@ -835,6 +831,10 @@ class SessionManager:
 
 def _too_many(session_id: str, what: str) -> SessionConflict:
     return SessionConflict(f"session {session_id} was changed by others {_ATTEMPTS} times while it was being {what}")
+
+
+def _still_moving() -> SessionConflict:
+    return SessionConflict(f"sessions moved to new tokens {_ATTEMPTS} times while they were being revoked; try again")
 
 
 def _pause(attempt: int) -> None:

@@ -311,6 +311,11 @@ def conflict(session_id: str, expected: int) -> SessionConflict:
     return SessionConflict(f"session {session_id}: expected {wanted}, but it was changed, ended or removed meanwhile")
 
 
+def lease_holder(store_object: str) -> str:
+    """Who holds a lease: a store object, named by a random text, in this process. A forked child is somebody else."""
+    return f"{os.getpid()}:{store_object}"
+
+
 def cannot_list(store: SessionStore, why: str) -> NoReturn:
     """Raise the error of a store that has no way to enumerate its records."""
     raise UnsupportedByStore(f"{type(store).__name__} cannot list sessions: {why}")

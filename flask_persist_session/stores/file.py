@@ -32,7 +32,7 @@ from ..records import Deletion, Finding, Improvement, SessionQuery, SessionRecor
 from ..serializers import pack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
-from .base import SessionStore, check_save, conflict, ignore, log_unreadable, moment_in, order_and_cut
+from .base import SessionStore, check_save, conflict, ignore, lease_holder, log_unreadable, moment_in, order_and_cut
 from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
     NO_FILE,
@@ -182,7 +182,7 @@ class FileStore(SessionStore):
 
     def lease(self, name: str, seconds: float) -> bool:
         path = os.path.join(self._folder, "leases", name)
-        holder = f"{os.getpid()}:{self._holder}"
+        holder = lease_holder(self._holder)
         try:
             handle, _ = lock(path, self._timeout, create=True)
             try:

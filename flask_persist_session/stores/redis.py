@@ -17,7 +17,6 @@ The time to live of the keys is a safety net for a store that nobody sweeps; exp
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import struct
@@ -46,6 +45,7 @@ from .base import (
     combined,
     conflict,
     ignore,
+    lease_holder,
     log_unreadable,
     moment_in,
     order_and_cut,
@@ -244,7 +244,7 @@ class RedisStore(SessionStore):
         return [is_session_id(deletion.id) and next(outcomes) for deletion in deletions]
 
     def lease(self, name: str, seconds: float) -> bool:
-        holder = f"{os.getpid()}:{self._holder}"
+        holder = lease_holder(self._holder)
         with self._errors():
             milliseconds = max(0, round(seconds * 1000))
             return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))

@@ -6,7 +6,6 @@ once. The store has connections of its own, one per thread, and never touches on
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -41,6 +40,7 @@ from .base import (
     check_save,
     conflict,
     ignore,
+    lease_holder,
     log_unreadable,
     order_and_cut,
     per_tag,
@@ -233,7 +233,7 @@ class SQLStore(SessionStore):
 
     def lease(self, name: str, seconds: float) -> bool:
         leases, now = self._leases, time.time()
-        key, holder = f"{self._namespace}:{name}", f"{os.getpid()}:{self._holder}"
+        key, holder = f"{self._namespace}:{name}", lease_holder(self._holder)
         free = (leases.name == key) & ((leases.until <= now) | (leases.holder == holder))
         with self._using() as database:
             if leases.update(holder=holder, until=now + seconds).where(free).execute(database):
