@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 from flask.sessions import SessionMixin
 
 from .exceptions import StoreError
-from .manager import Metadata, Outcome, SessionManager
+from .lifecycle import Metadata, Outcome
+from .manager import SessionManager
 from .records import JSON
 from .stored import NOBODY, Foreign, Owner, StoredSession
 from .tokens import session_id

@@ -221,7 +221,7 @@ def test_a_save_that_never_wins_gives_up(manager: SessionManager, monkeypatch: p
         raise SessionConflict("always")
 
     monkeypatch.setattr(type(manager.store), "save", always_conflict)
-    monkeypatch.setattr("flask_persist_session.manager._ATTEMPTS", 3)
+    monkeypatch.setattr("flask_persist_session.lifecycle.ATTEMPTS", 3)
     session.data["a"] = 2
     with pytest.raises(SessionConflict, match="3 times"):
         manager.save(session)

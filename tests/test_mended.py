@@ -163,7 +163,7 @@ def test_a_session_that_moves_while_it_is_listed_is_revoked(
 
 def test_sessions_that_never_stop_moving_are_told(manager: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking again is bounded: whoever revokes learns that it could not be done."""
-    monkeypatch.setattr("flask_persist_session.manager._ATTEMPTS", 3)
+    monkeypatch.setattr("flask_persist_session.revoking.ATTEMPTS", 3)
     manager.create({"a": 1}, user_id="Ada")
     move_between_ids_and_records(manager, 10)
     with pytest.raises(SessionConflict, match="moved to new tokens 3 times"):

@@ -1,0 +1,421 @@
+"""How a session of one namespace lives: created, loaded, saved with merging, renewed, ended, deleted."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, TypeAlias
+
+from . import tokens
+from .announcer import Announcer
+from .caps import StoreCap, UserCap
+from .cleanup import Archive
+from .config import CapPolicy
+from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
+from .lifetime import LIFETIME, Lifetime, check_lifetime
+from .lookup import Lookup
+from .records import JSON, SessionRecord, is_session_id
+from .serializers import Codec, dump_metadata
+from .stored import Owner, StoredSession
+from .stores.base import SessionStore
+
+log = logging.getLogger("flask_persist_session")
+
+Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded", "failed"]
+Metadata: TypeAlias = Mapping[str, JSON]
+
+#: How often a save is merged and tried again. Each conflict means that another save succeeded, so this is only reached
+#: by more simultaneous writers of one session than that.
+ATTEMPTS = 200
+_LONGEST_PAUSE = 0.05
+
+
+class Lifecycle:
+    """Creates, loads, saves and ends sessions; see ``SessionManager``, which adds what concerns users and lists."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        codec: Codec | None = None,
+        *,
+        idle_timeout: Callable[[], float] = lambda: 31 * 86400.0,
+        absolute_timeout: float | None = None,
+        renew_interval: float = 60.0,
+        keep_ended: float = 86400.0,
+        max_bytes: int = 1024 * 1024,
+        user_key: str | None = None,
+        max_per_user: int = 0,
+        cap_policy: CapPolicy = "evict_oldest",
+        max_sessions: int = 0,
+        archive: Archive | None = None,
+        clock: Callable[[], float] = time.time,
+        sender: object = None,
+    ) -> None:
+        self.store = store
+        self.clock = clock
+        self._codec = codec or Codec()
+        self._max_bytes = max_bytes
+        self._user_key = user_key
+        self._archive = archive
+        self._announcer = Announcer(sender or self)
+        self._lifetime = Lifetime(
+            clock=lambda: self.clock(),
+            idle_timeout=idle_timeout,
+            absolute_timeout=absolute_timeout,
+            renew_interval=renew_interval,
+            keep_ended=keep_ended,
+        )
+        self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
+        self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
+        self._lookup = Lookup(store, self._codec, self._lifetime)
+
+    @property
+    def renew_interval(self) -> float:
+        """Seconds between two renewals of a session."""
+        return self._lifetime.renew_interval
+
+    def is_due(self, renewed_at: float) -> bool:
+        """Whether a session that was renewed then (seconds since the epoch) is to be renewed by a request now."""
+        return self._lifetime.is_due(renewed_at)
+
+    # Creating and loading ---------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        data: dict[str, Any] | None = None,
+        *,
+        user_id: str | None = None,
+        tenant_id: str | None = None,
+        metadata: Mapping[str, JSON] | None = None,
+        tags: Iterable[str] = (),
+        lifetime: float | None = None,
+    ) -> StoredSession:
+        """Store a new session with a new token and return it.
+
+        *user_id* and *tenant_id* are kept as ``str``: 7 and "7" are the same user. *metadata* is JSON that can be
+        searched, *tags* are labels. *lifetime* is this session's own idle timeout in seconds, kept in its metadata.
+
+        Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
+        JSON, ``SessionTooLarge``, ``SessionLimitReached`` if the user has too many and the policy is to refuse or
+        the store is full, ``StoreError``, ``ValueError`` for tags, a user or a tenant that no store can keep.
+        """
+        described = dict(metadata or {})
+        if lifetime is not None:
+            described[LIFETIME] = lifetime
+        labels = [tags] if isinstance(tags, str) else list(tags)
+        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in labels):
+            raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
+        owner = Owner.of(user_id, tenant_id) if user_id is not None else Owner.within(tenant_id)
+        self._store_cap.admit()
+        created = self._create({} if data is None else data, owner, described, frozenset(labels))
+        self._store_cap.count()
+        with ExitStack() as undo:
+            undo.callback(self._take_back, created)
+            self._user_cap.admit(created.record)
+            undo.pop_all()
+        self._announcer.created(created.record)
+        self._user_cap.evict(created.record)
+        return created
+
+    def _take_back(self, new: StoredSession) -> None:
+        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire."""
+        with suppress(StoreError):
+            self.store.delete(new.id)
+
+    def _create(
+        self,
+        data: dict[str, Any],
+        owner: Owner,
+        metadata: Metadata,
+        tags: frozenset[str] = frozenset(),
+        created_at: float | None = None,
+    ) -> StoredSession:
+        dump_metadata(metadata)
+        if LIFETIME in metadata:
+            check_lifetime(metadata[LIFETIME])
+        token, now = tokens.make_token(tokens.shard_of(owner.user_id)), self.clock()
+        began = now if created_at is None else created_at
+        record = SessionRecord(
+            id=tokens.session_id(token),
+            user_id=owner.user_id,
+            tenant_id=owner.tenant_id,
+            tags=tags,
+            metadata=metadata,
+            data=self._encode(data),
+            created_at=began,
+            accessed_at=now,
+            expires_at=self._lifetime.expiry(began, metadata),
+            ended_at=None,
+            end_reason=None,
+            version=1,
+        )
+        self._save_own(record, expected=0)
+        return StoredSession(record, data, token=token)
+
+    def _save_own(self, record: SessionRecord, *, expected: int) -> None:
+        """Save what nobody else saves just so: a driver that lost the answer to a save may have sent it once more."""
+        try:
+            self.store.save(record, expected=expected)
+        except SessionConflict:
+            if self.store.get(record.id) != record:
+                raise
+
+    def load(self, session_id: str) -> StoredSession | None:
+        """Return the session in whatever state it is, closed ones without data; ``None`` if there is none.
+
+        One that ended is there for as long as its reason is kept.
+
+        A record that cannot be read is reported (log, ``session_corrupt``) and treated as missing; it stays where it
+        is. Raises ``StoreError``.
+        """
+        return self.probe(session_id)[1] if is_session_id(session_id) else None
+
+    def probe(self, session_id: str) -> tuple[bool, StoredSession | None]:
+        """Whether there is a record of that id, be it forgotten or unreadable, and what ``load`` makes of it."""
+        try:
+            record = self.store.get(session_id)
+            if record is None:
+                return False, None
+            state = self._lifetime.state(record)
+            if state == "ended" and not self._lifetime.is_remembered(record):
+                return True, None
+            return True, StoredSession(record, self._codec.decode(record.data) if state == "active" else {}, state)
+        except SerializationError as error:
+            self._report_corrupt(session_id, error)
+            return True, None
+
+    def get(self, session_id: str) -> StoredSession | None:
+        """Return the session if it is active, otherwise ``None``. Raises ``StoreError``."""
+        session = self.load(session_id)
+        return session if session is not None and session.state == "active" else None
+
+    def _report_corrupt(self, session_id: str, error: SerializationError) -> None:
+        log.error("session %s cannot be read and is treated as missing: %s", session_id, error)
+        self._announcer.corrupt(session_id, error)
+
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, session: StoredSession, *, renew: bool = False, delete_empty: bool = False, metadata: Metadata | None = None
+    ) -> Outcome:
+        """Store what was changed, merged with what others changed meanwhile.
+
+        Keys that were changed here win, all others are taken as they are in the store now. With *renew* the session is
+        renewed even if nothing was changed, with *delete_empty* it is deleted if nothing is left in it. *metadata* is
+        added to the session's own when it is renewed. A session that has ended or gone meanwhile stays so: the change is
+        ``"discarded"`` and ``session_discarded`` sent.
+
+        Raises ``SerializationError`` naming the key path of a value that cannot be stored, ``SessionTooLarge``,
+        ``SessionConflict`` after too many tries, ``StoreError``. Whatever is raised, the stored state is as it was.
+        """
+        payload = self._encode(session.data)
+        if self._codec.unchanged(payload, session.record.data):
+            return self.renew(session, metadata=metadata) if renew else "unchanged"
+        write = partial(self._write, renew=renew, metadata=metadata)
+        return self._merge_and_save(session, payload, write, delete_empty)
+
+    def renew(self, session: StoredSession, *, metadata: Metadata | None = None) -> Outcome:
+        """Move the session's expiry forward, leaving its data as it was loaded.
+
+        ``"unchanged"`` if somebody else saved or ended it at this moment, ``"failed"`` if the store did: nothing is lost
+        by renewing later. Nothing is written, but ``"saved"`` is the answer, if another request has just renewed it.
+        """
+        try:
+            if self._lifetime.is_fresh(session.record):
+                # It may have moved to another token since it was loaded, and then its cookie must not come back.
+                return "saved" if self.get(session.id) else "unchanged"
+            session.record = self._write(session.record, session.record.data, renew=True, metadata=metadata)
+        except SessionConflict:
+            # A save moved its expiry as well, and what has ended must not be renewed.
+            return "unchanged"
+        except StoreError as error:
+            log.warning("session %s could not be renewed: %s", session.id, error)
+            return "failed"
+        return "saved"
+
+    def _write(
+        self, record: SessionRecord, payload: bytes, *, renew: bool = False, metadata: Metadata | None = None
+    ) -> SessionRecord:
+        changed = self._lifetime.saved(record, payload, renew=renew, metadata=metadata)
+        self.store.save(changed, expected=record.version)
+        return changed
+
+    def _merge_and_save(
+        self,
+        session: StoredSession,
+        payload: bytes,
+        write: Callable[[SessionRecord, bytes], SessionRecord],
+        delete_empty: bool,
+    ) -> Outcome:
+        base, record = session.record.data, session.record
+        retry = Retry(record.id, "saved")
+        while True:
+            try:
+                if delete_empty and not session.data:
+                    self._delete_version(record, "emptied")
+                    return "deleted"
+                session.record = write(record, payload)
+            except SessionConflict:
+                self._announcer.conflict(record.id, retry.attempt)
+            else:
+                self._announcer.saved(session.record)
+                return "saved"
+            retry.pause()
+            current = self._current(record.id)
+            if current is None:
+                return "discarded"
+            session.data = self._merge(base, session.data, current)
+            base, record, payload = current.record.data, current.record, self._encode(session.data)
+            if payload == record.data:
+                session.record = record
+                return "saved"
+
+    def _delete_version(self, record: SessionRecord, reason: str) -> None:
+        self._close(record, reason, forget=True)
+        self._announcer.deleted(record.id, record.user_id)
+
+    def _current(self, session_id: str) -> StoredSession | None:
+        """The session as it is now, if it is still active; otherwise say that a change is discarded.
+
+        Whoever asks has met a conflict and paused: between this look and the next try there is no time to lose.
+        """
+        current = self.load(session_id)
+        if current is not None and current.state == "active":
+            return current
+        self.discard(session_id, current.end_reason if current else None)
+        return None
+
+    def is_in_grace(self, session: StoredSession) -> bool:
+        """Whether a request that comes with this ended session may be a late one, and must not start another session."""
+        return self._lifetime.is_in_grace(session.record)
+
+    def discard(self, session_id: str, reason: str | None) -> None:
+        """Say that a change to a session was dropped because it had ended for *reason*."""
+        self._announcer.discarded(session_id, reason)
+
+    def _merge(self, base: bytes, mine: dict[str, Any], theirs: StoredSession) -> dict[str, Any]:
+        """Their data with the keys that *mine* changed against *base*; all by their encoded form, so that types count."""
+        before, merged = self._codec.decode(base), theirs.data
+        for key in before.keys() | mine.keys():
+            if key not in mine:
+                merged.pop(key, None)
+            elif key not in before or self._codec.encode({key: mine[key]}) != self._codec.encode({key: before[key]}):
+                merged[key] = mine[key]
+        return merged
+
+    def _encode(self, data: dict[str, Any]) -> bytes:
+        payload = self._codec.encode(data)
+        if len(payload) > self._max_bytes:
+            largest = ", ".join(f"{key!r}: {size:,}" for key, size in islice(self._codec.sizes(data).items(), 3))
+            raise SessionTooLarge(
+                f"the session takes {len(payload):,} bytes, PERSIST_SESSION_MAX_BYTES allows {self._max_bytes:,}; "
+                f"its largest keys are {largest}"
+            )
+        return payload
+
+    # Ending -----------------------------------------------------------------------------------------------------------
+
+    def flush(self, session: StoredSession) -> Outcome:
+        """Delete the session with its data, whatever others change in it meanwhile: its user has signed out.
+
+        ``"deleted"``, or ``"discarded"`` if it has ended otherwise, whose reason then stays. Raises ``StoreError``.
+        """
+        record, retry = session.record, Retry(session.id, "flushed")
+        while True:
+            with suppress(SessionConflict):
+                self._delete_version(record, "logout")
+                return "deleted"
+            retry.pause()
+            current = self._current(record.id)
+            if current is None:
+                return "discarded"
+            record = current.record
+
+    def end(self, session_id: str, reason: str = "ended") -> bool:
+        """Close the session for good: its data goes, its reason is kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds.
+
+        Says whether it was active until now; one that cannot be read is reported and was not. Raises ``StoreError``, and
+        ``ValueError`` for the reason ``"regenerated"``, which says that the session goes on under another token.
+        """
+        if reason == "regenerated":
+            raise ValueError('only regenerating ends a session with the reason "regenerated"; choose another one')
+        return self._end(session_id, reason)
+
+    def _end_as_read(self, record: SessionRecord, reason: str) -> bool:
+        """End the active session of *record*, which is not read again if it has not changed since."""
+        try:
+            self._close(record, reason)
+        except SessionConflict:
+            return self._end(record.id, reason)
+        self._announcer.ended(record, reason)
+        return True
+
+    def _end(self, session_id: str, reason: str) -> bool:
+        retry = Retry(session_id, "ended")
+        while True:
+            try:
+                record = self.store.get(session_id)
+            except SerializationError as error:
+                self._report_corrupt(session_id, error)
+                return False
+            if record is None or record.ended_at is not None:
+                return False
+            # One that has expired ends too: the clock may be wrong, and set right later.
+            active = self._lifetime.state(record) == "active"
+            if reason == "regenerated" and not active:
+                return False
+            with suppress(SessionConflict):
+                self._close(record, reason)
+                if active:
+                    self._announcer.ended(record, reason)
+                return active
+            retry.pause()
+
+    def _close(self, record: SessionRecord, reason: str, *, forget: bool = False) -> None:
+        self._save_own(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
+
+    def delete(self, session_id: str) -> bool:
+        """Remove the session with all that it has; say whether it was there and had not ended.
+
+        Only its id, its user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
+        that cannot be read is removed without a trace. Raises ``StoreError``.
+        """
+        retry = Retry(session_id, "deleted")
+        while True:
+            try:
+                record = self.store.get(session_id)
+            except SerializationError:
+                deleted = self.store.delete(session_id)
+                if deleted:
+                    self._announcer.deleted(session_id, None)
+                return deleted
+            if record is None or record.ended_at is not None:
+                return False
+            with suppress(SessionConflict):
+                self._delete_version(record, "deleted")
+                return True
+            retry.pause()
+
+
+class Retry:
+    """Counts the attempts to do *what* to a session, and pauses between them."""
+
+    def __init__(self, session_id: str, what: str) -> None:
+        self.attempt = 1
+        self._session_id = session_id
+        self._what = what
+
+    def pause(self) -> None:
+        """Wait a moment before the next attempt. Raises ``SessionConflict`` if there were too many."""
+        if self.attempt >= ATTEMPTS:
+            raise SessionConflict(
+                f"session {self._session_id} was changed by others {ATTEMPTS} times while it was being {self._what}"
+            )
+        # Full jitter: simultaneous writers must not meet again in step.
+        time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.0005 * 2 ** min(self.attempt, 10))))
+        self.attempt += 1
