@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import astuple, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from .exceptions import PersistSessionError, SerializationError, SessionConflict, UnsupportedByStore
+from .exceptions import ConfigError, PersistSessionError, SerializationError, SessionConflict, UnsupportedByStore
 from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
 from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore, add_up
 from .tokens import SHARDS, shard_of
@@ -1006,6 +1006,98 @@ class SessionStoreContract:
         names = [f"lease{number}" for number in range(20)]
         answers = in_processes(open_store, partial(_take_leases, names))
         assert [sum(got) for got in zip(*answers, strict=True)] == [1] * len(names)
+
+    # namespace --------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def chat(self, store: SessionStore) -> Iterator[SessionStore]:
+        """The store of another namespace in the same place, if there can be one."""
+        try:
+            opened = store.namespace("chat")
+        except UnsupportedByStore:
+            pytest.skip("has one namespace only")
+        yield opened
+        opened.close()
+
+    def test_namespaces_are_there_or_not(self, store: SessionStore) -> None:
+        """A store has namespaces, or says with a reason what to do."""
+        try:
+            outcome: object = store.namespace("chat")
+        except UnsupportedByStore as error:
+            outcome = str(error)
+        assert outcome
+
+    @pytest.mark.parametrize("name", ["", "Chat", "a-b", "../web", "a" * 41, "chat\n", "é", "a:b"])
+    def test_a_namespace_of_a_wrong_name(self, store: SessionStore, chat: SessionStore, name: str) -> None:
+        """A name that cannot be part of a path, a key and a table's name is refused."""
+        with pytest.raises(ConfigError, match="namespace"):
+            store.namespace(name)
+
+    def test_the_same_namespace(self, store: SessionStore, chat: SessionStore) -> None:
+        """Whoever asks for a namespace gets its records, from whichever namespace; also those of the first one."""
+        mine, other = make_record(1), make_record(2)
+        store.save(mine, expected=0)
+        chat.save(other, expected=0)
+        for place in store, chat:
+            with closing(place.namespace("chat")) as again, closing(place.namespace("web")) as first:
+                assert [again.get(other.id), first.get(mine.id)] == [other, mine]
+
+    def test_records_of_another_namespace(self, store: SessionStore, chat: SessionStore) -> None:
+        """The same id is another session in another namespace: read, changed and deleted there only."""
+        mine, other = make_record(), make_record(data=b"of the chat")
+        store.save(mine, expected=0)
+        assert chat.get(mine.id) is None
+        assert chat.delete(mine.id) is False
+        with pytest.raises(SessionConflict):
+            chat.save(following(mine), expected=1)
+        chat.save(other, expected=0)
+        chat.save(following(other), expected=1)
+        assert [store.get(mine.id), chat.get(mine.id)] == [mine, following(other)]
+        assert store.delete(mine.id)
+        assert chat.get(mine.id) == following(other)
+
+    def test_lists_of_another_namespace(self, listing: SessionStore, chat: SessionStore) -> None:
+        """Lists, counts, statistics and checks know the records of their own namespace only."""
+        mine, other = make_record(1), make_record(2)
+        listing.save(mine, expected=0)
+        chat.save(other, expected=0)
+        for store, record in (listing, mine), (chat, other):
+            seen: list[SessionRecord] = []
+            assert list(store.check(repair=True, seen=seen.append)) == []
+            queries = [SessionQuery(), SessionQuery(user_id="alice"), SessionQuery(ids=frozenset({mine.id, other.id}))]
+            assert [list(store.find(query)) for query in queries] == [[record]] * 3
+            assert [store.count(query) for query in queries] == [1] * 3
+            assert list(store.scan()) == list(store.snapshot()) == seen == [record]
+            assert store.stats(now=0.0).total == 1
+
+    def test_leases_of_another_namespace(self, leasing: SessionStore, another: SessionStore, chat: SessionStore) -> None:
+        """A lease of the same name is another one in another namespace."""
+        assert leasing.lease("sweep", 60) is True
+        with closing(another.namespace("chat")) as others:
+            assert others.lease("sweep", 60) is True
+        assert [chat.lease("sweep", 60), leasing.lease("sweep", 60), another.lease("sweep", 60)] == [False, True, False]
+
+    def test_notes_of_another_namespace(self, noting: SessionStore, chat: SessionStore) -> None:
+        """A note is one of its namespace."""
+        noting.note("cleanup", 1.0)
+        assert chat.noted("cleanup") is None
+
+    def test_a_namespace_for_others(self, store: SessionStore, chat: SessionStore, another: SessionStore) -> None:
+        """Another store of the same place has the same namespaces."""
+        chat.save(make_record(), expected=0)
+        with closing(another.namespace("chat")) as others:
+            assert others.get(make_record().id) == make_record()
+        assert another.get(make_record().id) is None
+
+    def test_closing_a_namespace(self, store: SessionStore, chat: SessionStore) -> None:
+        """Closing the one leaves the other one usable."""
+        chat.save(make_record(1), expected=0)
+        store.save(make_record(2), expected=0)
+        chat.close()
+        assert store.get(make_record(2).id) == make_record(2)
+        store.close()
+        assert chat.get(make_record(1).id) == make_record(1)
+        chat.close()
 
     # Upkeep -----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ..exceptions import ConfigError
-from .base import SessionStore
+from .base import SessionStore, check_namespace
 
 _MODULES = {
     "memory": "memory",
@@ -24,9 +23,6 @@ _MODULES = {
     "rediss": "redis",
     "unix": "redis",
 }
-
-
-_NAMESPACE = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ def open_store(url: str | SessionStore | object, *, namespace: str = "web", base
     :param url: such as ``sqlite:///sessions.db``, ``file:///var/lib/sessions``, ``redis://localhost:6379/0`` or
         ``memory://``, with options as query parameters. A ``SessionStore`` is returned as it is, a ``cachelib`` cache
         is adapted.
-    :param namespace: which of the sessions kept there; lower-case letters, digits and underscores.
+    :param namespace: which of the sessions kept there; up to 40 lower-case letters, digits and underscores.
     :param base_path: directory in which relative paths start.
 
     Raises ``ConfigError`` for a URL, option or path that cannot work, naming it.
@@ -83,8 +79,7 @@ def open_store(url: str | SessionStore | object, *, namespace: str = "web", base
         from .cachelib import CachelibStore
 
         return CachelibStore.adapt(url, namespace)
-    if not _NAMESPACE.fullmatch(namespace):
-        raise ConfigError(f"the namespace {namespace!r} is not made of lower-case letters, digits and underscores")
+    check_namespace(namespace)
     location = take_apart(url, base_path)
     module = import_module(f".{_MODULES[location.scheme]}", __name__)
     store = module.open_location(location, namespace)

@@ -42,6 +42,7 @@ import heapq
 import logging
 import math
 import os
+import re
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -51,7 +52,7 @@ from functools import partial
 from itertools import islice
 from typing import NoReturn, TypeAlias
 
-from ..exceptions import SerializationError, SessionConflict, UnsupportedByStore
+from ..exceptions import ConfigError, SerializationError, SessionConflict, UnsupportedByStore
 from ..records import (
     LAST_MOMENT,
     Change,
@@ -71,6 +72,7 @@ log = logging.getLogger("flask_persist_session")
 #: How many characters a user id, a tenant id or an end reason may have: databases index so much.
 LONGEST_NAME = 512
 NAME_LIMITS = f"at most {LONGEST_NAME} characters of Unicode, without NUL"
+_NAMESPACE = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 #: What never changes under one id; a session that gets another user gets another id.
 FIXED_FIELDS = frozenset({"id", "user_id", "tenant_id", "created_at"})
 
@@ -212,6 +214,20 @@ class SessionStore(ABC):
         """
         raise UnsupportedByStore(f"{type(self).__name__} has no notes")
 
+    def namespace(self, name: str) -> SessionStore:
+        """The store that keeps the records of the namespace *name* in the same place.
+
+        Its records, notes and leases are others than those of this store. Asked twice it gives the same records, and
+        asked for the name of this store those of this one, where a store knows its name.
+
+        Raises ``ConfigError`` for a name that is not made of 1 to 40 lower-case letters, digits and underscores, or that
+        the place cannot have; ``UnsupportedByStore`` if the store has one namespace only.
+        """
+        raise UnsupportedByStore(
+            f"{type(self).__name__} has one namespace only; give it a method namespace(name) that returns the store of "
+            "another one, or set PERSIST_SESSION_STORE to the URL of a store of this package"
+        )
+
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         """Yield what is not as it should be, and with *repair* mend it where nothing can be lost by that.
 
@@ -270,6 +286,12 @@ def _run(hooks: _Hooks) -> None:
 
 
 os.register_at_fork(before=partial(_run, _before_fork), after_in_child=partial(_run, _after_fork))
+
+
+def check_namespace(name: str) -> None:
+    """Refuse what cannot be part of a path, a key and the name of a table. Raises ``ConfigError``."""
+    if not _NAMESPACE.fullmatch(name):
+        raise ConfigError(f"the namespace {name!r} is not made of 1 to 40 lower-case letters, digits and underscores")
 
 
 def check_save(record: SessionRecord, expected: int) -> None:

@@ -19,7 +19,7 @@ from cachelib import BaseCache, NullCache, SimpleCache
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
-from .base import SessionStore, after_fork, cannot_list, check_save, conflict, that_of
+from .base import SessionStore, after_fork, cannot_list, check_namespace, check_save, conflict, that_of
 
 log = logging.getLogger("flask_persist_session")
 
@@ -55,6 +55,7 @@ class CachelibStore(SessionStore):
     def __init__(self, cache: BaseCache, namespace: str = "web") -> None:
         self._cache = cache
         self._prefix = f"persist:{namespace}:"
+        self._family = {namespace: self}
         self._renew_locks()
         after_fork(self._renew_locks)
         # The dict of a SimpleCache is out of reach for other processes, so the lock covers every writer.
@@ -122,6 +123,13 @@ class CachelibStore(SessionStore):
 
     def scan(self) -> Iterator[SessionRecord]:
         cannot_list(self, "a cachelib cache cannot enumerate its entries, and expires them itself")
+
+    def namespace(self, name: str) -> CachelibStore:
+        check_namespace(name)
+        child = CachelibStore(self._cache, name)
+        # One object per namespace: its locks are what makes a save one step.
+        child._family = self._family
+        return self._family.setdefault(name, child)
 
     def note(self, name: str, moment: float) -> None:
         with self._errors():

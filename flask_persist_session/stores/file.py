@@ -32,7 +32,17 @@ from ..records import Deletion, Finding, Improvement, SessionQuery, SessionRecor
 from ..serializers import pack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
-from .base import SessionStore, check_save, conflict, ignore, lease_holder, log_unreadable, moment_in, order_and_cut
+from .base import (
+    SessionStore,
+    check_namespace,
+    check_save,
+    conflict,
+    ignore,
+    lease_holder,
+    log_unreadable,
+    moment_in,
+    order_and_cut,
+)
 from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
     NO_FILE,
@@ -87,6 +97,8 @@ class FileStore(SessionStore):
     """
 
     def __init__(self, root: str, namespace: str = "web", *, fsync: bool = False, timeout: float = 5.0) -> None:
+        self._root = root
+        self._namespace = namespace
         self._folder = os.path.join(root, namespace)
         self._fsync = fsync
         self._timeout = timeout
@@ -196,6 +208,12 @@ class FileStore(SessionStore):
                 unlock(handle)
         except OSError as error:
             raise failure(error) from error
+
+    def namespace(self, name: str) -> FileStore:
+        check_namespace(name)
+        if name == self._namespace:
+            return self
+        return FileStore(self._root, name, fsync=self._fsync, timeout=self._timeout)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()

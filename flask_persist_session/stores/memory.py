@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..exceptions import ConfigError
 from ..records import SessionRecord
 from . import Location
-from .base import SessionStore, after_fork, check_save, conflict
+from .base import SessionStore, after_fork, check_namespace, check_save, conflict
 
 
 def open_location(location: Location, namespace: str) -> MemoryStore:
@@ -18,13 +18,14 @@ def open_location(location: Location, namespace: str) -> MemoryStore:
     if location.url.netloc or location.url.path:
         raise ConfigError(f"{location} names a place; write memory://")
     location.read_options()
-    return MemoryStore()
+    return MemoryStore(namespace)
 
 
 class MemoryStore(SessionStore):
     """Keeps records in a dict behind a lock. Each process has its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "web") -> None:
+        self._family = {namespace: self}
         self._records: dict[str, SessionRecord] = {}
         self._notes: dict[str, float] = {}
         self._renew_lock()
@@ -63,6 +64,12 @@ class MemoryStore(SessionStore):
     def lease(self, name: str, seconds: float) -> bool:
         # Nobody but this object reaches the dict, so whoever asks is the holder.
         return seconds > 0
+
+    def namespace(self, name: str) -> MemoryStore:
+        check_namespace(name)
+        child = MemoryStore(name)
+        child._family = self._family
+        return self._family.setdefault(name, child)
 
     def note(self, name: str, moment: float) -> None:
         self._notes[name] = moment

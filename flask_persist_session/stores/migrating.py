@@ -84,6 +84,9 @@ class MigratingStore(SessionStore):
     def noted(self, name: str) -> float | None:
         return self.store.noted(name)
 
+    def namespace(self, name: str) -> MigratingStore:
+        return MigratingStore(self.store.namespace(name), self.old.namespace(name))
+
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return chain(self.old.check(repair=repair, seen=seen), self.store.check(repair=repair, seen=seen))
 

@@ -41,6 +41,7 @@ from .base import (
     add_up,
     after_fork,
     can_match,
+    check_namespace,
     check_save,
     combined,
     conflict,
@@ -164,6 +165,8 @@ class RedisStore(SessionStore):
     ) -> None:
         self._clients = client if isinstance(client, ClientPerThread) else None
         self._shared_client = client
+        self._namespace = namespace
+        self._prefix_of_all = prefix
         self._prefix = f"{prefix}:{namespace}"
         self._name = name
         self._holder = secrets.token_hex(16)
@@ -248,6 +251,12 @@ class RedisStore(SessionStore):
         with self._errors():
             milliseconds = max(0, round(seconds * 1000))
             return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))
+
+    def namespace(self, name: str) -> RedisStore:
+        check_namespace(name)
+        if name == self._namespace:
+            return self
+        return RedisStore(self._shared_client, name, prefix=self._prefix_of_all, name=self._name)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return RedisCheck(_Checked(self), self._prefix, repair=repair, seen=seen).run()

@@ -37,6 +37,7 @@ from .base import (
     after_fork,
     before_fork,
     can_match,
+    check_namespace,
     check_save,
     conflict,
     ignore,
@@ -240,6 +241,12 @@ class SQLStore(SessionStore):
                 return seconds > 0
             row = leases.insert(name=key, holder=holder, until=now + seconds).on_conflict_ignore()
             return bool(row.as_rowcount().execute(database)) and seconds > 0
+
+    def namespace(self, name: str) -> SQLStore:
+        check_namespace(name)
+        if name == self._namespace:
+            return self
+        return SQLStore(self._connect, name, name=self._name, patience=self._patience)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         try:
