@@ -71,6 +71,14 @@ class UserCap:
                 "allows no more; end one of them first"
             )
 
+    def check_undecided(self, user_id: str | None) -> None:
+        """Refuse to create a session of *user_id* together with other changes, if only ``admit`` can decide about it."""
+        if self._policy == "reject" and self._most and user_id is not None:
+            raise ValueError(
+                'a transaction cannot create sessions of users where they are limited by the policy "reject": whether one '
+                "is too many is decided when all are stored; create it before"
+            )
+
     def evict(self, record: SessionRecord) -> None:
         """With the policy ``evict_oldest``: end what exceeds the cap now that *record* is there.
 

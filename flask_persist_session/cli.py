@@ -16,6 +16,7 @@ from flask.cli import AppGroup
 from . import describe, terminal
 from .config import parse_duration
 from .exceptions import PersistSessionError, SerializationError, SessionNotFound
+from .lifecycle import WEB
 from .records import SessionRecord, State
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .manager import SessionManager
     from .monthly_archive import ArchivedSession
 
+_NAMESPACE = "flask_persist_session.namespace"
 #: So many users a question names.
 _NAMED = 5
 #: How many tenants, and tags, the table of the statistics has.
@@ -66,10 +68,26 @@ def sessions_cli() -> None:
     """
 
 
+def _remember_namespace(context: click.Context, option: click.Parameter, value: str) -> None:
+    context.meta[_NAMESPACE] = value
+
+
+#: Gives a command the option that decides which manager it is about.
+in_namespace = click.option(
+    "--namespace",
+    metavar="NAME",
+    default=WEB,
+    callback=_remember_namespace,
+    expose_value=False,
+    help="Sessions of this namespace of the application's own, not those of flask.session.",
+)
+
+
 # Looking --------------------------------------------------------------------------------------------------------------
 
 
 @sessions_cli.command("list")
+@in_namespace
 @click.option("--user", metavar="USER", callback=check_given, help="Only sessions of this user.")
 @click.option("--tenant", metavar="TENANT", callback=check_given, help="Only sessions within this tenant.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions with this tag; can be repeated.")
@@ -125,6 +143,7 @@ def list_sessions(
 
 
 @sessions_cli.command()
+@in_namespace
 @click.argument("session_id", metavar="ID")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
 def show(session_id: str, as_json: bool) -> None:
@@ -149,6 +168,7 @@ def show(session_id: str, as_json: bool) -> None:
 
 
 @sessions_cli.command()
+@in_namespace
 @click.argument("session_id", metavar="ID")
 def why(session_id: str) -> None:
     """Say whether a session is active and until when, or why it ended and when."""
@@ -182,6 +202,7 @@ def _search_archives(beginning: str) -> ArchivedSession | None:
 
 
 @sessions_cli.command()
+@in_namespace
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
 def stats(as_json: bool) -> None:
     """Show how many sessions there are, of which users, tenants and tags, and how large."""
@@ -208,6 +229,7 @@ def stats(as_json: bool) -> None:
 
 
 @sessions_cli.command()
+@in_namespace
 @click.argument("session_ids", metavar="[ID]...", nargs=-1)
 @click.option("--user", metavar="USER", callback=check_given, help="All sessions of this user.")
 @click.option("--tenant", metavar="TENANT", callback=check_given, help="With --user: only those within this tenant.")
@@ -278,10 +300,11 @@ def _revoke_all(manager: SessionManager, yes: bool) -> None:
 )
 def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
-    report = _manager().cleanup(older_than=older_than, dry_run=dry_run)
-    verb = "would remove" if dry_run else "removed"
-    parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-    click.echo(f"{verb} {report.removed:,} sessions ({parts})")
+    for name, manager in extension().managers.items():
+        report = manager.cleanup(older_than=older_than, dry_run=dry_run)
+        verb = "would remove" if dry_run else "removed"
+        parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
+        click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
 
 
 def _confirm(question: str, yes: bool) -> None:
@@ -310,7 +333,11 @@ def extension() -> PersistSession:
 
 
 def _manager() -> SessionManager:
-    return extension().manager
+    name = click.get_current_context().meta.get(_NAMESPACE, WEB)
+    managers = extension().managers
+    if name not in managers:
+        raise click.ClickException(f"the application has no namespace {name!r}; it has {', '.join(managers)}")
+    return managers[name]
 
 
 def _echo_largest(title: str, counts: Mapping[str, int]) -> None:

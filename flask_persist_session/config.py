@@ -59,7 +59,9 @@ class Config:
     track_devices: bool = False
     """Note the IP address and the user agent of sign-in and of the last renewal in the metadata of each session."""
     max_bytes: int = 1024 * 1024
-    """Largest encoded payload of one session, in bytes."""
+    """Largest encoded payload of one session, and largest entry of a history, in bytes."""
+    max_entries: int = 100_000
+    """How many entries a history may have; 0: any number."""
     cleanup_interval: float = 600.0
     """Seconds between two cleanups in the background; 0: none."""
     backup_dir: str | None = None
@@ -92,6 +94,11 @@ class Config:
                 raise ConfigError(_unknown(key, list(known)))
             values[known[key]] = _CHECKS[known[key]](key, value)
         return cls(**values)
+
+
+def checked(name: str, value: Any, source: str) -> Any:
+    """*value* as the setting *name* takes it. Raises ``ConfigError``, which calls it *source*."""
+    return _CHECKS[name](source, value)
 
 
 def _unknown(key: str, known: list[str]) -> str:
@@ -219,6 +226,7 @@ _CHECKS = {
     "max_sessions": _count,
     "track_devices": _flag,
     "max_bytes": _size,
+    "max_entries": _count,
     "cleanup_interval": _duration,
     "backup_dir": _directory,
     "backup_interval": _duration,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .records import HistoryEntry
 
 
 class PersistSessionError(Exception):
@@ -26,6 +30,15 @@ class SessionTooLarge(PersistSessionError):
 
 class SessionConflict(PersistSessionError):
     """A record was not at the expected version: somebody else created, changed, ended or deleted it."""
+
+
+class HistoryConflict(SessionConflict):
+    """A history was not at the expected entry: somebody else appended, or cleared it."""
+
+    def __init__(self, message: str, *, missed: Sequence[HistoryEntry] = ()) -> None:
+        super().__init__(message)
+        self.missed = tuple(missed)
+        """The entries behind the expected one, oldest first; at most 100 of them."""
 
 
 class SessionNotFound(PersistSessionError):

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
-from flask import Flask, Response, current_app
+from flask import Flask, Response, current_app, has_app_context
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
 from . import cli_backup, cli_import, cli_migrate, cli_upkeep, upkeep  # noqa: F401  the first register their commands
 from .announcer import Announcer
 from .archive import Progress, silent
 from .auto_backup import AutomaticBackup
-from .backup import BackupReport, Managers, RestoreReport, Strategy, back_up, restore
+from .backup import BackupReport, RestoreReport, Strategy, back_up, restore
 from .backup_files import BackupFile, backups_in, newest_before
 from .cli import sessions_cli
-from .config import LONGEST, PREFIX, Config
+from .config import LONGEST, PREFIX, CapPolicy, Config, checked
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
+from .lifecycle import WEB
 from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
 from .monthly_archive import MonthlyArchive
@@ -38,23 +42,55 @@ _RETRY_AFTER = 5
 
 
 @dataclass(frozen=True, slots=True)
+class _Common:
+    """What the managers of all namespaces of an application have in common."""
+
+    config: Config
+    codec: Codec
+    archive: MonthlyArchive | None
+    app: Flask
+
+    def idle_timeout(self) -> float:
+        """Seconds; also read anew each time, because the application may set its own later."""
+        return self.config.idle_timeout or min(LONGEST, self.app.permanent_session_lifetime.total_seconds())
+
+    def manager(self, store: SessionStore, namespace: str, **options: Any) -> SessionManager:
+        """The manager of a namespace; what *options* do not say is as the settings have it."""
+        config = self.config
+        common: dict[str, Any] = {
+            "idle_timeout": self.idle_timeout,
+            "absolute_timeout": config.absolute_timeout,
+            "renew_interval": config.renew_interval,
+            "keep_ended": config.keep_ended,
+            "max_bytes": config.max_bytes,
+            "max_entries": config.max_entries,
+            "cap_policy": config.cap_policy,
+        }
+        archive = partial(self.archive.add, namespace) if self.archive else None
+        return SessionManager(
+            store, self.codec, namespace=namespace, archive=archive, sender=self.app, **(common | options)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _State:
     """What the extension keeps per application."""
 
     config: Config
     store: SessionStore
     manager: SessionManager
+    managers: dict[str, SessionManager]
+    """The manager of each namespace."""
+    common: _Common
+    options: dict[str, dict[str, object]]
+    """With what each namespace of the application's own was set up."""
     sweeper: Sweeper | None
     origins: list[Origin]
     announcer: Announcer
     backup_dir: str
     automatic_backup: AutomaticBackup | None
     archive: MonthlyArchive | None
-
-    @property
-    def managers(self) -> Managers:
-        """The manager of each namespace."""
-        return {"web": self.manager}
+    setting_up: threading.Lock = field(default_factory=threading.Lock)
 
     def start_threads(self) -> None:
         """Start the threads of this process that work in the background. Called by each request."""
@@ -74,6 +110,7 @@ class PersistSession:
     """
 
     def __init__(self, app: Flask | None = None) -> None:
+        self._app = app
         if app is not None:
             self.init_app(app)
 
@@ -94,30 +131,24 @@ class PersistSession:
             store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
         _check_lists(config, store)
         archive = _open_archive(config, app.instance_path)
-        manager = SessionManager(
+        common = _Common(config, Codec(config.serializer, keys=lambda: secret_keys(app)), archive, app)
+        manager = common.manager(
             store,
-            Codec(config.serializer, keys=lambda: secret_keys(app)),
-            idle_timeout=lambda: config.idle_timeout or min(LONGEST, app.permanent_session_lifetime.total_seconds()),
-            absolute_timeout=config.absolute_timeout,
-            renew_interval=config.renew_interval,
-            keep_ended=config.keep_ended,
-            max_bytes=config.max_bytes,
+            WEB,
             user_key=config.user_key,
             max_per_user=config.max_per_user,
-            cap_policy=config.cap_policy,
             max_sessions=config.max_sessions,
-            archive=partial(archive.add, "web") if archive else None,
-            sender=app,
         )
-        sweeper = Sweeper(manager, config.cleanup_interval) if config.cleanup_interval else None
+        managers = {WEB: manager}
+        sweeper = Sweeper(managers, config.cleanup_interval) if config.cleanup_interval else None
         origins = _open_origins(app, manager, config.upgrade_from, f"{PREFIX}UPGRADE_FROM")
         announcer, folder = Announcer(app), os.path.join(app.instance_path, config.backup_dir or "backups")
         backups = (
-            AutomaticBackup({"web": manager}, announcer, folder, config.backup_interval, config.backup_keep)
+            AutomaticBackup(managers, announcer, folder, config.backup_interval, config.backup_keep)
             if config.backup_interval
             else None
         )
-        state = _State(config, store, manager, sweeper, origins, announcer, folder, backups, archive)
+        state = _State(config, store, manager, managers, common, {}, sweeper, origins, announcer, folder, backups, archive)
         app.extensions[_KEY] = state
         app.session_interface = PersistSessionInterface(
             manager,
@@ -141,9 +172,59 @@ class PersistSession:
         return _state().manager
 
     @property
+    def managers(self) -> Mapping[str, SessionManager]:
+        """The managers of all namespaces of the current application, by their names; ``"web"`` is that of
+        ``flask.session``. Raises as ``manager`` does."""
+        return dict(_state().managers)
+
+    @property
     def store(self) -> SessionStore:
         """The store of the current application's web sessions. Raises as ``manager`` does."""
         return _state().store
+
+    def namespace(
+        self,
+        name: str,
+        *,
+        app: Flask | None = None,
+        idle_timeout: float | timedelta | str | None = None,
+        absolute_timeout: float | timedelta | str | None = None,
+        renew_interval: float | timedelta | str | None = None,
+        keep_ended: float | timedelta | str | None = None,
+        max_per_user: int | None = None,
+        cap_policy: CapPolicy | None = None,
+        max_bytes: int | None = None,
+        max_entries: int | None = None,
+    ) -> SessionManager:
+        """The manager of sessions of the application's own, beside those of ``flask.session``: chats, jobs, carts.
+
+        They are in the same store, have no cookie, keep their data when they end, and may have a history. The first call
+        sets them up, best where the application is made, so that backups and cleanups know of them in every process;
+        later ones need the name alone. The options are those settings, for these sessions; what is not given is as the
+        settings have it, but for ``max_per_user``, which is 0.
+
+        :param name: of the namespace: 1 to 40 lower-case letters, digits and underscores.
+        :param app: the application; not given: the current one, or the one that this object was made with.
+
+        Raises ``ConfigError`` for a name or an option that is wrong, and options other than those of the first call;
+        ``UnsupportedByStore`` for a store that has one namespace only; otherwise as ``manager`` does.
+        """
+        given = {
+            "idle_timeout": idle_timeout,
+            "absolute_timeout": absolute_timeout,
+            "renew_interval": renew_interval,
+            "keep_ended": keep_ended,
+            "max_per_user": max_per_user,
+            "cap_policy": cap_policy,
+            "max_bytes": max_bytes,
+            "max_entries": max_entries,
+        }
+        options = {
+            key: checked(key, value, f"{key} of the namespace {name!r}")
+            for key, value in given.items()
+            if value is not None
+        }
+        return _namespace(_state(app or (None if has_app_context() else self._app)), name, options)
 
     def import_sessions(
         self,
@@ -337,11 +418,42 @@ def _open_origins(app: Flask, manager: SessionManager, urls: Sequence[str], sour
         raise ConfigError(f"{source}: {error}") from error
 
 
-def _state() -> _State:
-    state = current_app.extensions.get(_KEY)
+def _namespace(state: _State, name: str, options: dict[str, Any]) -> SessionManager:
+    if name == WEB:
+        if options:
+            raise ConfigError(f"{WEB!r} is the namespace of flask.session, whose options are the settings")
+        return state.manager
+    with state.setting_up:
+        known = state.options.setdefault(name, options)
+        if options and options != known:
+            raise ConfigError(f"the namespace {name!r} was set up with {known or 'no options'}; now it is {options}")
+        if name not in state.managers:
+            try:
+                state.managers[name] = _set_up(state, name, dict(options))
+            finally:
+                if name not in state.managers:
+                    del state.options[name]
+        return state.managers[name]
+
+
+def _set_up(state: _State, name: str, options: dict[str, Any]) -> SessionManager:
+    if "idle_timeout" in options:
+        seconds = options["idle_timeout"]
+        options["idle_timeout"] = lambda: seconds
+    try:
+        return state.common.manager(state.store.namespace(name), name, keep_data=True, **options)
+    except UnsupportedByStore as error:
+        if options.get("max_per_user"):
+            raise ConfigError(f"max_per_user of the namespace {name!r} needs a store that can list: {error}") from error
+        raise
+
+
+def _state(app: Flask | None = None) -> _State:
+    app = app or current_app
+    state = app.extensions.get(_KEY)
     if state is None:
         raise ConfigError(
-            f"the application {current_app.name!r} has no server-side sessions: call PersistSession(app) or "
+            f"the application {app.name!r} has no server-side sessions: call PersistSession(app) or "
             "init_app(app), and leave PERSIST_SESSION_ENABLED on"
         )
     assert isinstance(state, _State)

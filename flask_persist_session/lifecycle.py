@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
@@ -16,19 +16,29 @@ from .announcer import Announcer
 from .caps import StoreCap, UserCap
 from .cleanup import Archive
 from .config import CapPolicy
-from .exceptions import SerializationError, SessionConflict, SessionTooLarge, StoreError
+from .exceptions import (
+    SerializationError,
+    SessionConflict,
+    SessionNotFound,
+    SessionTooLarge,
+    StoreError,
+    UnsupportedByStore,
+)
 from .lifetime import LIFETIME, Lifetime, check_lifetime
 from .lookup import Lookup
 from .records import JSON, SessionRecord, is_session_id
 from .serializers import Codec, dump_metadata
-from .stored import Owner, StoredSession
+from .stored import Owner, Redescribed, StoredSession
 from .stores.base import SessionStore
+from .stores.tenant import TenantStore
 
 log = logging.getLogger("flask_persist_session")
 
 Outcome: TypeAlias = Literal["unchanged", "saved", "deleted", "discarded", "failed"]
 Metadata: TypeAlias = Mapping[str, JSON]
 
+#: The namespace of the sessions behind ``flask.session``.
+WEB = "web"
 #: How often a save is merged and tried again. Each conflict means that another save succeeded, so this is only reached
 #: by more simultaneous writers of one session than that.
 ATTEMPTS = 200
@@ -43,11 +53,14 @@ class Lifecycle:
         store: SessionStore,
         codec: Codec | None = None,
         *,
+        namespace: str = WEB,
         idle_timeout: Callable[[], float] = lambda: 31 * 86400.0,
         absolute_timeout: float | None = None,
         renew_interval: float = 60.0,
         keep_ended: float = 86400.0,
+        keep_data: bool = False,
         max_bytes: int = 1024 * 1024,
+        max_entries: int = 0,
         user_key: str | None = None,
         max_per_user: int = 0,
         cap_policy: CapPolicy = "evict_oldest",
@@ -58,8 +71,11 @@ class Lifecycle:
     ) -> None:
         self.store = store
         self.clock = clock
+        self.namespace = namespace
+        self._tenant_id: str | None = None
         self._codec = codec or Codec()
         self._max_bytes = max_bytes
+        self._max_entries = max_entries
         self._user_key = user_key
         self._archive = archive
         self._announcer = Announcer(sender or self)
@@ -69,10 +85,18 @@ class Lifecycle:
             absolute_timeout=absolute_timeout,
             renew_interval=renew_interval,
             keep_ended=keep_ended,
+            keep_data=keep_data,
         )
         self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
         self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
         self._lookup = Lookup(store, self._codec, self._lifetime)
+
+    def _bind_to(self, tenant_id: str, clock: Callable[[], float]) -> None:
+        """Have nothing but what is of a tenant, from now on. Caps count within a tenant anyway."""
+        self._tenant_id = tenant_id
+        self.clock = clock
+        self.store = TenantStore(self.store, tenant_id)
+        self._lookup = Lookup(self.store, self._codec, self._lifetime)
 
     @property
     def renew_interval(self) -> float:
@@ -85,63 +109,40 @@ class Lifecycle:
 
     # Creating and loading ---------------------------------------------------------------------------------------------
 
-    def create(
-        self,
-        data: dict[str, Any] | None = None,
-        *,
-        user_id: str | None = None,
-        tenant_id: str | None = None,
-        metadata: Mapping[str, JSON] | None = None,
-        tags: Iterable[str] = (),
-        lifetime: float | None = None,
-    ) -> StoredSession:
-        """Store a new session with a new token and return it.
+    def _owner(self, user_id: object, tenant_id: object) -> Owner:
+        if self._tenant_id is not None:
+            if tenant_id is not None and str(tenant_id) != self._tenant_id:
+                raise ValueError(f"this manager is that of the tenant {self._tenant_id!r}, and knows no {tenant_id!r}")
+            tenant_id = self._tenant_id
+        return Owner.within(tenant_id) if user_id is None else Owner.of(user_id, tenant_id)
 
-        *user_id* and *tenant_id* are kept as ``str``: 7 and "7" are the same user. *metadata* is JSON that can be
-        searched, *tags* are labels. *lifetime* is this session's own idle timeout in seconds, kept in its metadata.
-
-        Raises ``SerializationError`` naming the key path of a value that cannot be stored, or if *metadata* is no
-        JSON, ``SessionTooLarge``, ``SessionLimitReached`` if the user has too many and the policy is to refuse or
-        the store is full, ``StoreError``, ``ValueError`` for tags, a user or a tenant that no store can keep.
-        """
+    def _description(self, metadata: Metadata | None, lifetime: float | None) -> Metadata:
         described = dict(metadata or {})
         if lifetime is not None:
             described[LIFETIME] = lifetime
-        labels = [tags] if isinstance(tags, str) else list(tags)
-        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in labels):
-            raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
-        owner = Owner.of(user_id, tenant_id) if user_id is not None else Owner.within(tenant_id)
-        self._store_cap.admit()
-        created = self._create({} if data is None else data, owner, described, frozenset(labels))
-        self._store_cap.count()
-        with ExitStack() as undo:
-            undo.callback(self._take_back, created)
-            self._user_cap.admit(created.record)
-            undo.pop_all()
-        self._announcer.created(created.record)
-        self._user_cap.evict(created.record)
-        return created
+        return described
 
     def _take_back(self, new: StoredSession) -> None:
         """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire."""
         with suppress(StoreError):
             self.store.delete(new.id)
 
-    def _create(
+    def _draft(
         self,
         data: dict[str, Any],
         owner: Owner,
         metadata: Metadata,
         tags: frozenset[str] = frozenset(),
         created_at: float | None = None,
+        key_id: str | None = None,
     ) -> StoredSession:
-        dump_metadata(metadata)
-        if LIFETIME in metadata:
-            check_lifetime(metadata[LIFETIME])
-        token, now = tokens.make_token(tokens.shard_of(owner.user_id)), self.clock()
+        """A new session that is not stored yet: with a token, or under an id that stands for a key."""
+        _check_metadata(metadata)
+        token = None if key_id else tokens.make_token(tokens.shard_of(owner.user_id))
+        now = self.clock()
         began = now if created_at is None else created_at
         record = SessionRecord(
-            id=tokens.session_id(token),
+            id=tokens.session_id(token) if token else key_id or "",
             user_id=owner.user_id,
             tenant_id=owner.tenant_id,
             tags=tags,
@@ -154,8 +155,16 @@ class Lifecycle:
             end_reason=None,
             version=1,
         )
-        self._save_own(record, expected=0)
-        return StoredSession(record, data, token=token)
+        return StoredSession(record, data, token=token, new=True)
+
+    def _put(self, draft: StoredSession) -> StoredSession:
+        self._save_own(draft.record, expected=0)
+        return draft
+
+    def _create(
+        self, data: dict[str, Any], owner: Owner, metadata: Metadata, tags: frozenset[str] = frozenset()
+    ) -> StoredSession:
+        return self._put(self._draft(data, owner, metadata, tags))
 
     def _save_own(self, record: SessionRecord, *, expected: int) -> None:
         """Save what nobody else saves just so: a driver that lost the answer to a save may have sent it once more."""
@@ -166,9 +175,10 @@ class Lifecycle:
                 raise
 
     def load(self, session_id: str) -> StoredSession | None:
-        """Return the session in whatever state it is, closed ones without data; ``None`` if there is none.
+        """Return the session in whatever state it is; ``None`` if there is none.
 
-        One that ended is there for as long as its reason is kept.
+        Closed ones are without data, but in a namespace of the application's own. One that ended is there for as long as
+        its reason is kept.
 
         A record that cannot be read is reported (log, ``session_corrupt``) and treated as missing; it stays where it
         is. Raises ``StoreError``.
@@ -184,7 +194,8 @@ class Lifecycle:
             state = self._lifetime.state(record)
             if state == "ended" and not self._lifetime.is_remembered(record):
                 return True, None
-            return True, StoredSession(record, self._codec.decode(record.data) if state == "active" else {}, state)
+            readable = state == "active" or (self._lifetime.keep_data and record.data)
+            return True, StoredSession(record, self._codec.decode(record.data) if readable else {}, state)
         except SerializationError as error:
             self._report_corrupt(session_id, error)
             return True, None
@@ -206,17 +217,18 @@ class Lifecycle:
         """Store what was changed, merged with what others changed meanwhile.
 
         Keys that were changed here win, all others are taken as they are in the store now. With *renew* the session is
-        renewed even if nothing was changed, with *delete_empty* it is deleted if nothing is left in it. *metadata* is
+        renewed even if nothing was changed, with *delete_empty* it is deleted if nothing is left in it. What was changed in
+        ``session.metadata`` and ``session.tags`` is merged likewise. *metadata* is
         added to the session's own when it is renewed. A session that has ended or gone meanwhile stays so: the change is
         ``"discarded"`` and ``session_discarded`` sent.
 
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, ``SessionTooLarge``,
         ``SessionConflict`` after too many tries, ``StoreError``. Whatever is raised, the stored state is as it was.
         """
-        payload = self._encode(session.data)
-        if self._codec.unchanged(payload, session.record.data):
+        payload, redescribed = self._encode(session.data), session.redescribed()
+        if redescribed is None and self._codec.unchanged(payload, session.record.data):
             return self.renew(session, metadata=metadata) if renew else "unchanged"
-        write = partial(self._write, renew=renew, metadata=metadata)
+        write = partial(self._write, renew=renew, metadata=metadata, redescribed=redescribed)
         return self._merge_and_save(session, payload, write, delete_empty)
 
     def renew(self, session: StoredSession, *, metadata: Metadata | None = None) -> Outcome:
@@ -229,7 +241,7 @@ class Lifecycle:
             if self._lifetime.is_fresh(session.record):
                 # It may have moved to another token since it was loaded, and then its cookie must not come back.
                 return "saved" if self.get(session.id) else "unchanged"
-            session.record = self._write(session.record, session.record.data, renew=True, metadata=metadata)
+            session.replace_record(self._write(session.record, session.record.data, renew=True, metadata=metadata))
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
             return "unchanged"
@@ -239,10 +251,33 @@ class Lifecycle:
         return "saved"
 
     def _write(
-        self, record: SessionRecord, payload: bytes, *, renew: bool = False, metadata: Metadata | None = None
+        self,
+        record: SessionRecord,
+        payload: bytes,
+        *,
+        renew: bool = False,
+        metadata: Metadata | None = None,
+        redescribed: Redescribed | None = None,
+    ) -> SessionRecord:
+        changed = self._next_version(record, payload, renew=renew, metadata=metadata, redescribed=redescribed)
+        self.store.save(changed, expected=record.version)
+        return changed
+
+    def _next_version(
+        self,
+        record: SessionRecord,
+        payload: bytes,
+        *,
+        renew: bool = False,
+        metadata: Metadata | None = None,
+        redescribed: Redescribed | None = None,
     ) -> SessionRecord:
         changed = self._lifetime.saved(record, payload, renew=renew, metadata=metadata)
-        self.store.save(changed, expected=record.version)
+        if redescribed is None:
+            return changed
+        changed = redescribed.applied(changed)
+        _check_metadata(changed.metadata)
+        labels(changed.tags)
         return changed
 
     def _merge_and_save(
@@ -259,7 +294,7 @@ class Lifecycle:
                 if delete_empty and not session.data:
                     self._delete_version(record, "emptied")
                     return "deleted"
-                session.record = write(record, payload)
+                session.replace_record(write(record, payload))
             except SessionConflict:
                 self._announcer.conflict(record.id, retry.attempt)
             else:
@@ -271,13 +306,20 @@ class Lifecycle:
                 return "discarded"
             session.data = self._merge(base, session.data, current)
             base, record, payload = current.record.data, current.record, self._encode(session.data)
-            if payload == record.data:
-                session.record = record
+            if payload == record.data and session.redescribed() is None:
+                session.replace_record(record)
                 return "saved"
 
     def _delete_version(self, record: SessionRecord, reason: str) -> None:
         self._close(record, reason, forget=True)
+        self._forget_history(record.id)
         self._announcer.deleted(record.id, record.user_id)
+
+    def _forget_history(self, session_id: str) -> None:
+        """Remove the history of a session that was deleted. If this comes to nothing, it goes with the record."""
+        if self.namespace != WEB:
+            with suppress(UnsupportedByStore):
+                self.store.history.delete(session_id)
 
     def _current(self, session_id: str) -> StoredSession | None:
         """The session as it is now, if it is still active; otherwise say that a change is discarded.
@@ -342,8 +384,7 @@ class Lifecycle:
         Says whether it was active until now; one that cannot be read is reported and was not. Raises ``StoreError``, and
         ``ValueError`` for the reason ``"regenerated"``, which says that the session goes on under another token.
         """
-        if reason == "regenerated":
-            raise ValueError('only regenerating ends a session with the reason "regenerated"; choose another one')
+        check_reason(reason)
         return self._end(session_id, reason)
 
     def _end_as_read(self, record: SessionRecord, reason: str) -> bool:
@@ -400,6 +441,32 @@ class Lifecycle:
                 self._delete_version(record, "deleted")
                 return True
             retry.pause()
+
+
+def check_reason(reason: str) -> None:
+    """Raises ``ValueError`` for a reason that says more than that a session was ended."""
+    if reason == "regenerated":
+        raise ValueError('only regenerating ends a session with the reason "regenerated"; choose another one')
+
+
+def missing(session_id: str, closed: StoredSession | None) -> SessionNotFound:
+    """The error for a session that is not active: *closed*, or none."""
+    why = f"it has ended ({closed.end_reason})" if closed else "it never existed, or was removed since"
+    return SessionNotFound(f"no active session {session_id}: {why}", missing=closed is None)
+
+
+def labels(tags: Iterable[str]) -> frozenset[str]:
+    """*tags* as they are stored. Raises ``ValueError`` for what are none."""
+    given = [tags] if isinstance(tags, str) else list(tags)
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in given):
+        raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
+    return frozenset(given)
+
+
+def _check_metadata(metadata: Metadata) -> None:
+    dump_metadata(metadata)
+    if LIFETIME in metadata:
+        check_lifetime(metadata[LIFETIME])
 
 
 class Retry:

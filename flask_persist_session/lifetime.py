@@ -29,6 +29,8 @@ class Lifetime:
     absolute_timeout: float | None
     renew_interval: float
     keep_ended: float
+    keep_data: bool = False
+    """Whether ended sessions keep their data for as long as their reason: nobody gets in by it."""
 
     def state(self, record: SessionRecord) -> State:
         """The state of *record* now. A timeout that was shortened counts at once, not only from the next renewal."""
@@ -90,6 +92,11 @@ class Lifetime:
             version=record.version + 1,
         )
 
+    def extended(self, record: SessionRecord, seconds: float) -> SessionRecord:
+        """The next version of *record*, which expires so many seconds later, but not beyond the absolute timeout."""
+        expires_at = min(max(record.expires_at, self.clock()) + seconds, self._deadline(record.created_at))
+        return replace(record, expires_at=max(record.expires_at, expires_at), version=record.version + 1)
+
     def ended(self, record: SessionRecord, reason: str, *, forget: bool = False) -> SessionRecord:
         """The last version of *record*: without data, and with *forget* without tags and metadata, kept for a while.
 
@@ -100,7 +107,7 @@ class Lifetime:
         keep = max(self.keep_ended, GRACE) if reason in _LEFT else self.keep_ended
         closed = replace(
             record,
-            data=b"",
+            data=record.data if self.keep_data and not forget else b"",
             # Tells this ending from any other at the same moment: whoever had to send it twice knows it again.
             accessed_at=record.accessed_at - random.random(),
             ended_at=now,

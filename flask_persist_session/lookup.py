@@ -58,7 +58,7 @@ class Lookup:
         """*record* with its data decoded."""
         state = self._lifetime.state(record)
         try:
-            data = {} if state == "ended" else self._codec.decode(record.data)
+            data = {} if state == "ended" and not record.data else self._codec.decode(record.data)
         except SerializationError as error:
             raise SerializationError(
                 f"the data of session {record.id} cannot be read: {error}. Its user goes on with a new session; set "

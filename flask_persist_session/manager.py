@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from itertools import islice
 from typing import Any
 
 from .adopting import Adopting
 from .cleanup import Cleanup, CleanupReport
+from .exceptions import UnsupportedByStore
+from .history import History
+from .lifecycle import WEB
 from .lookup import SessionDetails
-from .records import SessionQuery, SessionRecord, State, StoreStats
+from .records import SessionQuery, SessionRecord, State, StoreStats, place_of
 from .revoking import Revoking
+from .transaction import Transacting
 
 
-class SessionManager(Adopting, Revoking):
+class SessionManager(Adopting, Revoking, Transacting):
     """Creates, loads, saves and ends the sessions of one namespace.
 
     :param store: where the records are kept.
     :param codec: how session data becomes bytes.
+    :param namespace: which of the sessions kept there; ``web`` for those behind ``flask.session``.
     :param idle_timeout: returns the seconds after its last request at which a session expires.
     :param absolute_timeout: seconds after creation or sign-in at which it expires whatever happens; ``None``: never.
     :param renew_interval: seconds between two renewals of a session.
     :param keep_ended: seconds for which an ended session is remembered with its reason.
-    :param max_bytes: largest encoded payload.
+    :param keep_data: whether ended sessions keep their data as long; else it goes at once.
+    :param max_bytes: largest encoded payload, and largest encoded entry of a history.
+    :param max_entries: how many entries a history may have; 0: any number.
     :param user_key: the key of the session data under which an application keeps its user; ``None``: none.
     :param max_per_user: how many active sessions a user may have within a tenant; 0: any number.
     :param cap_policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
@@ -58,51 +67,112 @@ class SessionManager(Adopting, Revoking):
     def find(
         self,
         *,
+        ids: Iterable[str] | None = None,
         user_id: object = None,
         tenant_id: object = None,
         tags: Iterable[str] = (),
         state: State | None = None,
+        active: bool | None = None,
         created_after: float | None = None,
         created_before: float | None = None,
         accessed_after: float | None = None,
         accessed_before: float | None = None,
+        expires_after: float | None = None,
+        expires_before: float | None = None,
         text: str | None = None,
+        has_history: bool | None = None,
         order_by: str | None = None,
+        after: SessionRecord | None = None,
         limit: int | None = None,
         offset: int = 0,
     ) -> Iterator[SessionRecord]:
         """Yield the records of sessions, a few at a time; ``None`` and empty conditions match everything.
 
-        The conditions are those of ``SessionQuery``; *state* is judged now. Raises ``ValueError`` for an order that is
-        none, ``UnsupportedByStore`` where the store cannot list, ``StoreError``.
+        The conditions are those of ``SessionQuery``; *state* is judged now, and *active* says whether it is ``"active"``.
+        *has_history*: whether anything was appended; that costs a look at each. *after* is the last record of the page
+        before: the next ones in the order are found at the cost of the first.
+
+        Raises ``ValueError`` for an order that is none, and *after* without one; ``UnsupportedByStore`` where the store
+        cannot list, or has no history, ``StoreError``.
         """
+        if active:
+            state = "active"
         if state == "active" and (since := self._lifetime.active_since()) is not None:
             created_after = since if created_after is None else max(since, created_after)
-        return self.store.find(
-            SessionQuery(
-                user_id=None if user_id is None else str(user_id),
-                tenant_id=None if tenant_id is None else str(tenant_id),
-                tags=frozenset(tags),
-                state=state,
-                now=self.clock(),
-                created_after=created_after,
-                created_before=created_before,
-                accessed_after=accessed_after,
-                accessed_before=accessed_before,
-                text=text,
-                order_by=order_by,
-                limit=limit,
-                offset=offset,
-            )
+        if after is not None and order_by is None:
+            raise ValueError("after= is the last record of the page before in an order; give order_by= as well")
+        judged_here = active is False or has_history is not None
+        query = SessionQuery(
+            ids=None if ids is None else frozenset(ids),
+            user_id=None if user_id is None else str(user_id),
+            tenant_id=None if tenant_id is None else str(tenant_id),
+            tags=frozenset(tags),
+            state=state,
+            now=self.clock(),
+            created_after=created_after,
+            created_before=created_before,
+            accessed_after=accessed_after,
+            accessed_before=accessed_before,
+            expires_after=expires_after,
+            expires_before=expires_before,
+            text=text,
+            order_by=order_by,
+            after=None if after is None or order_by is None else place_of(after, order_by),
+            limit=None if judged_here else limit,
+            offset=0 if judged_here else offset,
         )
+        found = self.store.find(query)
+        if not judged_here:
+            return found
+        matching = (record for record in found if self._matches(record, active, has_history))
+        return islice(matching, offset, None if limit is None else offset + limit)
+
+    def _matches(self, record: SessionRecord, active: bool | None, has_history: bool | None) -> bool:
+        if active is not None and active != (self._lifetime.state(record) == "active"):
+            return False
+        return has_history is None or has_history == bool(self.store.history.count(record.id))
+
+    def history(self, session_id: str) -> History:
+        """The history of a session, whatever its state; nothing is looked up yet.
+
+        Raises ``UnsupportedByStore`` where the store keeps none, or for the sessions behind ``flask.session``: their id
+        changes at sign-in.
+        """
+        if self.namespace == WEB:
+            raise UnsupportedByStore(
+                "the sessions behind flask.session get another id at sign-in, so they have no history; keep it in a "
+                'session of a namespace of yours: sessions.namespace("chat")'
+            )
+        return History(
+            session_id,
+            self.store.history,
+            self._codec,
+            clock=lambda: self.clock(),
+            session=self.existing,
+            renewed=self._renewed,
+            max_entries=self._max_entries,
+            max_bytes=self._max_bytes,
+        )
+
+    def for_tenant(self, tenant_id: object) -> SessionManager:
+        """A manager that has this tenant's sessions alone: what others have is missing for it, whatever it is asked.
+
+        What it creates is within the tenant. Raises ``ValueError`` for what is no tenant, or another one than its own.
+        """
+        owner = self._owner(None, tenant_id)
+        if owner.tenant_id is None:
+            raise ValueError("for_tenant needs a tenant; None is none, and would match the sessions of all")
+        bound = copy(self)
+        bound._bind_to(owner.tenant_id, lambda: self.clock())
+        return bound
 
     def stats(self) -> StoreStats:
         """Figures of all sessions. Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``."""
         return self.store.stats(now=self.clock())
 
     def decode(self, record: SessionRecord) -> dict[str, Any]:
-        """The data in a record; empty for one that has ended. Raises ``SerializationError`` if it cannot be read."""
-        return self._codec.decode(record.data) if record.ended_at is None else {}
+        """The data in a record; empty for one that ended without. Raises ``SerializationError`` if it cannot be read."""
+        return self._codec.decode(record.data) if record.ended_at is None or record.data else {}
 
     def state(self, record: SessionRecord) -> State:
         """How the session of *record* stands now; ``"expired"`` for all that a cleanup would remove."""

@@ -134,6 +134,11 @@ class SessionQuery:
         )
 
 
+def place_of(record: SessionRecord, order_by: str) -> tuple[float | str, str]:
+    """Where *record* stands in an order; what ``SessionQuery.after`` takes."""
+    return getattr(record, order_by.removeprefix("-")), record.id
+
+
 def _within(moment: float, after: float | None, before: float | None) -> bool:
     return (after is None or moment >= after) and (before is None or moment < before)
 
@@ -152,6 +157,21 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryEntry:
+    """One entry of the history of a session."""
+
+    seq: int
+    """1 for the first, one more with each; there are no gaps."""
+    role: str
+    """Who speaks: ``"user"``, ``"assistant"``, or whatever else the application says."""
+    content: Any = field(repr=False)
+    """What is said: text, or anything else that a session can hold."""
+    metadata: Mapping[str, Any] = field(repr=False)
+    created_at: float
+    """Seconds since the epoch at which it was appended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

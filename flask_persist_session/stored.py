@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .records import SessionRecord, State
+from .records import JSON, SessionRecord, State
+from .serializers import dump_metadata
 from .stores.base import NAME_LIMITS, is_name
 
 
@@ -19,6 +21,43 @@ class StoredSession:
     state: State = "active"
     token: str | None = field(default=None, repr=False)
     """The secret that opens it; known only right after ``create``, ``regenerate``, ``bind`` and ``restart``."""
+    new: bool = False
+    """Whether it was created just now; for those who call ``resume_or_create``."""
+    _metadata: dict[str, JSON] | None = field(default=None, repr=False)
+    _tags: set[str] | None = field(default=None, repr=False)
+
+    @property
+    def metadata(self) -> dict[str, JSON]:
+        """The searchable description of the session; change it and save."""
+        if self._metadata is None:
+            self._metadata = deepcopy(dict(self.record.metadata))
+        return self._metadata
+
+    @property
+    def tags(self) -> set[str]:
+        """The labels of the session; change them and save."""
+        if self._tags is None:
+            self._tags = set(self.record.tags)
+        return self._tags
+
+    def redescribed(self) -> Redescribed | None:
+        """What was changed in metadata and tags since they were loaded; ``None`` for nothing."""
+        if self._metadata is None and self._tags is None:
+            return None
+        before, tags = self.record.metadata, self.record.tags
+        changed = Redescribed(
+            metadata={
+                key: value for key, value in self.metadata.items() if key not in before or _differ(before[key], value)
+            },
+            without=frozenset(before.keys() - self.metadata.keys()),
+            add_tags=frozenset(self.tags - tags),
+            remove_tags=frozenset(tags - self.tags),
+        )
+        return changed if changed != _NOTHING else None
+
+    def replace_record(self, record: SessionRecord) -> None:
+        """Go on from *record*, which was just stored or loaded; metadata and tags are as they are there."""
+        self.record, self._metadata, self._tags = record, None, None
 
     @property
     def id(self) -> str:
@@ -59,6 +98,31 @@ class StoredSession:
     def end_reason(self) -> str | None:
         """Why the session is closed, ``"expired"`` included; ``None`` while it is active."""
         return "expired" if self.state == "expired" else self.record.end_reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redescribed:
+    """A change of the metadata and tags of a session, to be applied to whichever version of it is the latest."""
+
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    """Keys that are set."""
+    without: frozenset[str] = frozenset()
+    """Keys that are removed."""
+    add_tags: frozenset[str] = frozenset()
+    remove_tags: frozenset[str] = frozenset()
+
+    def applied(self, record: SessionRecord) -> SessionRecord:
+        """*record* with this change."""
+        kept = {key: value for key, value in record.metadata.items() if key not in self.without}
+        return replace(record, metadata={**kept, **self.metadata}, tags=(record.tags - self.remove_tags) | self.add_tags)
+
+
+_NOTHING = Redescribed()
+
+
+def _differ(one: JSON, other: JSON) -> bool:
+    # As they are stored: 1 and True are equal for Python.
+    return dump_metadata({"": one}) != dump_metadata({"": other})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,11 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from .exceptions import UnsupportedByStore
+from .lifecycle import WEB
 from .manager import SessionManager
 from .stores.base import after_fork
 
@@ -68,14 +69,14 @@ class Recurring(ABC):
 
 
 class Sweeper(Recurring):
-    """Runs ``manager.cleanup`` every *interval* seconds in whichever process holds the lease."""
+    """Cleans up each of *managers* every *interval* seconds in whichever process holds its lease."""
 
     name = "session-sweeper"
     failure = "the cleanup of sessions failed; it is tried again"
 
-    def __init__(self, manager: SessionManager, interval: float) -> None:
+    def __init__(self, managers: Mapping[str, SessionManager], interval: float) -> None:
         super().__init__(interval)
-        self._manager = manager
+        self._managers = managers
         self._clocks = self._read_clocks()
 
     def turn(self) -> bool:
@@ -87,16 +88,19 @@ class Sweeper(Recurring):
         Raises ``StoreError``, ``UnsupportedByStore``.
         """
         # Twice the interval: the holder prolongs it each time, and another process takes over when it has gone.
-        if not self._manager.store.lease(_LEASE, 2 * self._interval):
+        mine = [manager for manager in list(self._managers.values()) if manager.store.lease(_LEASE, 2 * self._interval)]
+        if not mine or self._clock_was_set():
             return False
-        if self._clock_was_set():
-            return False
-        started = time.monotonic()
-        report = self._manager.cleanup(deliver=deliver, stop=self._stopping.is_set)
-        log.info(
-            "cleaned up sessions in %.1f s: %d expired, %d ended", time.monotonic() - started, report.expired, report.ended
-        )
+        for manager in mine:
+            self._clean_up(manager)
         return True
+
+    def _clean_up(self, manager: SessionManager) -> None:
+        started = time.monotonic()
+        report = manager.cleanup(deliver=deliver, stop=self._stopping.is_set)
+        what = "sessions" if manager.namespace == WEB else f"sessions of {manager.namespace}"
+        seconds = time.monotonic() - started
+        log.info("cleaned up %s in %.1f s: %d expired, %d ended", what, seconds, report.expired, report.ended)
 
     def _clock_was_set(self) -> bool:
         """Whether the wall clock leapt since the last run: by it, every session might seem to have expired."""
@@ -108,7 +112,7 @@ class Sweeper(Recurring):
         return True
 
     def _read_clocks(self) -> tuple[float, float]:
-        return self._manager.clock(), time.monotonic()
+        return next(iter(self._managers.values())).clock(), time.monotonic()
 
 
 class _Logged(AbstractContextManager[None]):

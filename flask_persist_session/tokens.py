@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import secrets
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
@@ -43,6 +44,21 @@ def make_token(shard: str) -> str:
 def session_id(token: str) -> str:
     """The public id of the session that *token* opens."""
     return token[:3] + hashlib.sha256(token.encode()).hexdigest()
+
+
+def keyed_id(namespace: str, tenant_id: str | None, user_id: str | None, key: str) -> str:
+    """The id of the session that a user's application calls *key*: always the same one, and no token opens it.
+
+    The same key of two users, or in two tenants, names two sessions, and nobody gets at another's by guessing.
+    """
+    digest = hashlib.sha256(json.dumps([namespace, tenant_id, user_id, key]).encode())
+    shard = f"{int.from_bytes(digest.digest()[:2], 'big') % SHARDS:03x}" if user_id is None else shard_of(user_id)
+    return shard + digest.hexdigest()
+
+
+def set_aside_id(session_id: str, created_at: float) -> str:
+    """The id under which a keyed session that began then is kept once its key is used anew: always the same one."""
+    return session_id[:3] + hashlib.sha256(f"{session_id} of {created_at!r}".encode()).hexdigest()
 
 
 def foreign_id(kind: str, key: str) -> str:

@@ -37,7 +37,7 @@ class Users(Lifecycle):
         self, session: StoredSession, owner: Owner, metadata: Metadata, created_at: float | None = None
     ) -> StoredSession | None:
         before = session.record
-        moved = self._create(session.data, owner, {**before.metadata, **metadata}, before.tags, created_at)
+        moved = self._put(self._draft(session.data, owner, {**before.metadata, **metadata}, before.tags, created_at))
         # A session that goes on as the same user's takes nobody's place.
         signs_in = owner != Owner(before.user_id, before.tenant_id)
         ending = self._put_in_place(moved, before, lambda: self._end_moved(before, moved), signs_in)

@@ -450,7 +450,7 @@ def test_the_sweeper_logs_it_and_goes_on(memory: SessionStore, directory: Path, 
     fill(memory, 3)
     directory.write_text("")
     manager = manager_of(memory, directory)
-    sweeper = Sweeper(manager, 0.01)
+    sweeper = Sweeper({"web": manager}, 0.01)
     sweeper.start()
     wait_until(lambda: caplog.text, "the error in the log")
     directory.unlink()

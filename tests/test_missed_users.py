@@ -638,7 +638,7 @@ def test_a_sweep_that_is_stopped_ends_after_the_batch(manager: SessionManager, c
         manager.create()
 
     clock.advance(400 * 86400)
-    sweeper = Sweeper(manager, 600)
+    sweeper = Sweeper({"web": manager}, 600)
 
     def stop(_sender: object, event: object) -> None:
         sweeper.stop()
@@ -671,7 +671,7 @@ def test_a_receiver_of_the_sums_that_fails_is_logged(manager: SessionManager, ca
         raise RuntimeError("a receiver's mistake")
 
     with sessions_cleaned_up.connected_to(fail, manager):
-        assert Sweeper(manager, 600).sweep() is True
+        assert Sweeper({"web": manager}, 600).sweep() is True
     assert "a receiver of a session's event failed" in caplog.text
 
 
@@ -684,13 +684,13 @@ def test_the_holder_keeps_the_lease_until_its_next_run(manager: SessionManager) 
         return True
 
     manager.store.lease = lease  # type: ignore[method-assign]
-    Sweeper(manager, 600).sweep()
+    Sweeper({"web": manager}, 600).sweep()
     assert leases == [("sweep", 1200)]
 
 
 def test_what_was_stopped_before_it_began_stays_so(manager: SessionManager) -> None:
     """A process that shuts down before its first request starts no thread."""
-    sweeper = Sweeper(manager, 600)
+    sweeper = Sweeper({"web": manager}, 600)
     sweeper.stop()
     sweeper.start()
     assert not sweeper.running
@@ -700,7 +700,7 @@ def test_the_thread_is_stopped_when_the_process_ends(manager: SessionManager, mo
     """Python calls ``stop`` at its end, so that no batch is cut off by it."""
     registered: list[object] = []
     monkeypatch.setattr("atexit.register", registered.append)
-    sweeper = Sweeper(manager, 600)
+    sweeper = Sweeper({"web": manager}, 600)
     sweeper.start()
     sweeper.stop()
     assert registered == [sweeper.stop]
@@ -708,7 +708,7 @@ def test_the_thread_is_stopped_when_the_process_ends(manager: SessionManager, mo
 
 def test_processes_that_started_together_do_not_sweep_together(manager: SessionManager) -> None:
     """Pauses are the interval give or take a tenth, each another."""
-    sweeper, pauses = Sweeper(manager, 600), list[float]()
+    sweeper, pauses = Sweeper({"web": manager}, 600), list[float]()
 
     def wait(seconds: float) -> bool:
         pauses.append(seconds)

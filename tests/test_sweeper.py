@@ -27,7 +27,7 @@ def manager(store: SessionStore, clock: Clock) -> SessionManager:
 
 @pytest.fixture
 def sweeper(manager: SessionManager) -> Iterator[Sweeper]:
-    made = Sweeper(manager, 0.01)
+    made = Sweeper({"web": manager}, 0.01)
     yield made
     made.stop()
 
@@ -44,7 +44,7 @@ def test_a_sweep_removes_what_has_expired(manager: SessionManager, clock: Clock,
     expire(manager, clock, 3)
     active = manager.create()
     caplog.set_level(logging.INFO)
-    assert Sweeper(manager, 600).sweep() is True
+    assert Sweeper({"web": manager}, 600).sweep() is True
     assert [record.id for record in manager.store.scan()] == [active.id]
     [line] = [entry.getMessage() for entry in caplog.records]
     assert "3 expired, 0 ended" in line
@@ -55,9 +55,9 @@ def test_one_of_all_processes_sweeps(shared_url: str, clock: Clock) -> None:
     """While one holds the lease, nobody else cleans up."""
     first, second = (SessionManager(open_store(shared_url), clock=clock) for _ in range(2))
     expire(first, clock, 1)
-    assert Sweeper(first, 600).sweep() is True
+    assert Sweeper({"web": first}, 600).sweep() is True
     expire(first, clock, 1)
-    assert Sweeper(second, 600).sweep() is False
+    assert Sweeper({"web": second}, 600).sweep() is False
     assert first.store.count(SessionQuery()) == 1
     for manager in (first, second):
         manager.store.close()
@@ -74,7 +74,7 @@ def test_each_expired_session_is_told_once(manager: SessionManager, clock: Clock
     ids = {record.id for record in manager.store.scan()}
     with session_expired.connected_to(hear), sessions_cleaned_up.connected_to(hear):
         for _ in range(2):
-            Sweeper(manager, 600).sweep()
+            Sweeper({"web": manager}, 600).sweep()
     assert {event.session_id for event in heard[:3]} == ids
     assert [(event.expired, event.ended, event.idle) for event in heard[3:]] == [(3, 0, 0), (0, 0, 0)]
 
@@ -87,7 +87,7 @@ def test_a_failing_receiver_stops_nothing(manager: SessionManager, clock: Clock,
 
     expire(manager, clock, 3)
     with session_expired.connected_to(fail):
-        assert Sweeper(manager, 600).sweep() is True
+        assert Sweeper({"web": manager}, 600).sweep() is True
     assert manager.stats().total == 0
     assert sum("receiver" in entry.getMessage() for entry in caplog.records) == 3
 
@@ -112,7 +112,7 @@ def test_the_thread_goes_on_after_an_error(sweeper: Sweeper, manager: SessionMan
 
 def test_a_clock_that_was_set_ends_nothing(manager: SessionManager, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """A clock that leaps forward removes nothing at the next run; if it leaps back, nothing was lost."""
-    sweeper = Sweeper(manager, 600)
+    sweeper = Sweeper({"web": manager}, 600)
     session_ = manager.create({"a": 1})
     clock.advance(10 * 365 * 86400)
     assert sweeper.sweep() is False
@@ -125,7 +125,7 @@ def test_a_clock_that_was_set_ends_nothing(manager: SessionManager, clock: Clock
 
 def test_a_clock_that_stays_is_believed(manager: SessionManager, clock: Clock) -> None:
     """A run later the new time is taken for granted."""
-    sweeper = Sweeper(manager, 600)
+    sweeper = Sweeper({"web": manager}, 600)
     manager.create()
     clock.advance(40 * 86400)
     assert sweeper.sweep() is False
