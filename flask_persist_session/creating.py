@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -137,30 +138,31 @@ class Creating(Lifecycle):
         """Store *draft* under its id, where one may have ended. Raises ``SessionConflict`` if one is active."""
         retry = Retry(draft.id, "created")
         while True:
-            draft.record = replace(draft.record, version=self._free(draft.id) + 1)
+            draft.record = self._free(draft.record)
             with suppress(SessionConflict):
                 return self._put(draft)
             retry.pause()
 
-    def _free(self, session_id: str) -> int:
-        """Move what ended under the id of a key to another; returns the last version that there was, 0 for none.
+    def _free(self, new: SessionRecord) -> SessionRecord:
+        """Move what ended under the id of *new* to another; returns *new*, which counts on from there and begins later.
 
-        A new session goes on counting from there: whoever still has the old one cannot take it for the new one.
+        So whoever still has the old one cannot take it for the new one. Raises ``SessionConflict`` if it is active.
         """
         try:
-            record = self.store.get(session_id)
+            old = self.store.get(new.id)
         except SerializationError as error:
-            self._report_corrupt(session_id, error)
-            self.store.delete(session_id)
-            return 0
-        if record is None:
-            return 0
-        if self._lifetime.state(record) == "active":
-            raise SessionConflict(f"session {session_id} is active already under this key")
-        if record.data:
-            self._set_aside(record)
-        self.store.delete(session_id, expected=record.version)
-        return record.version
+            self._report_corrupt(new.id, error)
+            self.store.delete(new.id)
+            return new
+        if old is None:
+            return new
+        if self._lifetime.state(old) == "active":
+            raise SessionConflict(f"session {new.id} is active already under this key")
+        if old.data:
+            self._set_aside(old)
+        self.store.delete(new.id, expected=old.version)
+        began = max(new.created_at, math.nextafter(old.created_at, math.inf))
+        return replace(new, version=old.version + 1, created_at=began)
 
     def _set_aside(self, record: SessionRecord) -> None:
         """Keep a copy of what ended under the id of a key, with its history.

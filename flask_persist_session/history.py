@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .exceptions import HistoryConflict, SerializationError, SessionConflict, SessionTooLarge
+from .exceptions import HistoryConflict, SerializationError, SessionConflict, SessionNotFound, SessionTooLarge
 from .records import HistoryEntry, LogEntry
 from .serializers import Codec
 from .stored import StoredSession
@@ -39,6 +39,7 @@ class History:
         max_bytes: int,
     ) -> None:
         self.session_id = session_id
+        self._began: float | None = None
         self._log = log
         self._codec = codec
         self._clock = clock
@@ -66,6 +67,9 @@ class History:
         if not encoded:
             raise ValueError("nothing to append: give at least one entry")
         session = self._session(self.session_id)
+        if self._began not in (None, session.created_at):
+            raise SessionNotFound(f"no active session {self.session_id}: it has ended, and its key leads to another now")
+        self._began = session.created_at
         try:
             seq = self._log.append(
                 self.session_id,

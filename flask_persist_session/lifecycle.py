@@ -301,7 +301,7 @@ class Lifecycle:
                 self._announcer.saved(session.record)
                 return "saved"
             retry.pause()
-            current = self._current(record.id)
+            current = self._current(record)
             if current is None:
                 return "discarded"
             session.data = self._merge(base, session.data, current)
@@ -321,15 +321,15 @@ class Lifecycle:
             with suppress(UnsupportedByStore):
                 self.store.history.delete(session_id)
 
-    def _current(self, session_id: str) -> StoredSession | None:
-        """The session as it is now, if it is still active; otherwise say that a change is discarded.
+    def _current(self, record: SessionRecord) -> StoredSession | None:
+        """The session of *record* as it is now, if it is still active; otherwise say that a change is discarded.
 
-        Whoever asks has met a conflict and paused: between this look and the next try there is no time to lose.
+        Another one that goes by the same key by now is not it, and began later. Whoever asks has met a conflict and paused: between this look and the next try there is no time to lose.
         """
-        current = self.load(session_id)
-        if current is not None and current.state == "active":
+        current = self.load(record.id)
+        if current is not None and current.state == "active" and current.created_at == record.created_at:
             return current
-        self.discard(session_id, current.end_reason if current else None)
+        self.discard(record.id, current.end_reason if current else None)
         return None
 
     def is_in_grace(self, session: StoredSession) -> bool:
@@ -373,7 +373,7 @@ class Lifecycle:
                 self._delete_version(record, "logout")
                 return "deleted"
             retry.pause()
-            current = self._current(record.id)
+            current = self._current(record)
             if current is None:
                 return "discarded"
             record = current.record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from .editing import Editing
@@ -111,9 +110,9 @@ class Transacting(Editing):
         owner = self._owner(user_id, tenant_id)
         self._user_cap.check_undecided(owner.user_id)
         key_id = None if key is None else self.key_id(key, owner)
-        version = 0 if key_id is None else self._free(key_id)
         draft = self._draft(data or {}, owner, self._description(metadata, lifetime), labels(tags), key_id=key_id)
-        draft.record = replace(draft.record, version=version + 1)
+        if key_id is not None:
+            draft.record = self._free(draft.record)
         return draft
 
     def _edited(self, run: Transaction) -> Iterator[tuple[StoredSession, Any]]:
