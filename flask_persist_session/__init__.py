@@ -21,7 +21,7 @@ from .extension import PersistSession
 from .lookup import SessionDetails
 from .manager import SessionManager
 from .monthly_archive import ArchivedSession, MonthlyArchive
-from .records import Change, Deletion, Finding, Improvement, SessionQuery, SessionRecord, StoreStats
+from .records import Change, Deletion, Finding, Improvement, LogEntry, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
     BackupCreated,
@@ -54,6 +54,7 @@ from .signals import (
 from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
+from .stores.history import HistoryLog
 from .upgrade import ImportReport
 from .upkeep import CheckReport, Health
 
@@ -69,8 +70,10 @@ __all__ = [
     "Deletion",
     "Finding",
     "Health",
+    "HistoryLog",
     "ImportReport",
     "Improvement",
+    "LogEntry",
     "MonthlyArchive",
     "PersistSession",
     "PersistSessionError",

@@ -75,6 +75,18 @@ class Deletion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """One entry of a session's history, as the log keeps it."""
+
+    seq: int
+    """Its number: 1 for the first one of the session, one more for each that follows."""
+    data: bytes = field(repr=False)
+    """The encoded entry, opaque to the store."""
+    created_at: float
+    """When it was appended, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionQuery:
     """A filter over records, with order and paging; ``None`` and empty conditions match everything.
 

@@ -14,6 +14,8 @@ lives in one object says ``shared = False``: it is opened once per test, and its
 The suite holds a store to the docstrings of ``flask_persist_session.stores.base``. Stores that cannot list or have no
 leases raise ``UnsupportedByStore`` and skip what they cannot do; stores with ``atomic = False`` skip only the races
 between processes. It needs a system with ``fork``.
+
+``HistoryLogContract``, subclassed in the same way, does so for the histories of a store that keeps them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import astuple, replace
 from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,9 +41,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from .exceptions import ConfigError, PersistSessionError, SerializationError, SessionConflict, UnsupportedByStore
-from .records import ORDERS, Change, Deletion, SessionQuery, SessionRecord, StoreStats
+from .exceptions import (
+    ConfigError,
+    PersistSessionError,
+    SerializationError,
+    SessionConflict,
+    SessionNotFound,
+    SessionTooLarge,
+    UnsupportedByStore,
+)
+from .records import ORDERS, Change, Deletion, LogEntry, SessionQuery, SessionRecord, StoreStats
 from .stores.base import FIXED_FIELDS, LONGEST_NAME, SessionStore, add_up
+from .stores.history import LONGEST_KEY, REMEMBERED, HistoryLog
 from .tokens import SHARDS, shard_of
 
 #: How long a race may take before it counts as hung, in seconds.
@@ -393,8 +405,8 @@ _each = settings(
 )
 
 
-class SessionStoreContract:
-    """The tests of a store. Subclasses give the fixture ``open_store``."""
+class _Contract:
+    """What the suites share: a store, a second one on the same sessions, races."""
 
     #: Whether a second store object, in this or in another process, reaches the same sessions.
     shared: bool = True
@@ -419,6 +431,19 @@ class SessionStoreContract:
         yield opened
         opened.close()
 
+    @pytest.fixture(params=["threads", "processes"])
+    def race(self, request: pytest.FixtureRequest, open_store: Callable[[], SessionStore], store: SessionStore) -> Race:
+        """Runs a task by several threads on one store, or by several processes with a store each."""
+        if request.param == "threads":
+            return partial(in_threads, store)
+        if not self.shared or not store.atomic:
+            pytest.skip("lives in one object" if not self.shared else "is not atomic")
+        return partial(in_processes, open_store)
+
+
+class SessionStoreContract(_Contract):
+    """The tests of a store. Subclasses give the fixture ``open_store``."""
+
     @pytest.fixture
     def listing(self, store: SessionStore) -> SessionStore:
         """The store, if it can list."""
@@ -434,15 +459,6 @@ class SessionStoreContract:
         except UnsupportedByStore:
             pytest.skip("has no leases")
         return store
-
-    @pytest.fixture(params=["threads", "processes"])
-    def race(self, request: pytest.FixtureRequest, open_store: Callable[[], SessionStore], store: SessionStore) -> Race:
-        """Runs a task by several threads on one store, or by several processes with a store each."""
-        if request.param == "threads":
-            return partial(in_threads, store)
-        if not self.shared or not store.atomic:
-            pytest.skip("lives in one object" if not self.shared else "is not atomic")
-        return partial(in_processes, open_store)
 
     # get --------------------------------------------------------------------------------------------------------------
 
@@ -1254,3 +1270,591 @@ class SessionStoreContract:
         store.save_many([Change(record=record, expected=0) for record in records])
         race(partial(_save_around_deletion, records))
         assert [store.get(record.id) for record in records] == [None] * len(records)
+
+
+# Histories ------------------------------------------------------------------------------------------------------------
+
+ODD_ENTRIES = {
+    "nothing in it": b"",
+    "every byte": bytes(range(256)),
+    "NUL": b"\0",
+    "text that is none": b"\xff\xfe\xed\xa0\x80",
+    "newlines": b"\r\n\n",
+    "a MiB": bytes(range(256)) * 4096,
+    "looks like a number": b"17",
+}
+ODD_KEYS = {
+    "empty": "",
+    "long": _FOREIGN[:LONGEST_KEY],
+    "unicode": "Zoë 漢字 🎉",
+    "braces": "{3fa}:*",
+    "quotes": "'\"`;--",
+    "newline": "a\n",
+}
+BAD_KEYS = {"too long": "k" * (LONGEST_KEY + 1), "NUL": "a\0b", "half a surrogate pair": "a\ud800"}
+_MOMENT = 1_700_000_000.123_456_7
+#: Entries of one append in a race: a question, an answer and a note.
+_TURN = 3
+
+
+def _turn(*parts: object) -> list[bytes]:
+    return [" ".join(map(str, (*parts, place))).encode() for place in range(_TURN)]
+
+
+def _append_turns(session_id: str, turns: int, store: SessionStore, number: int) -> list[int]:
+    """Append so many turns, signed with the racer's number; the answers."""
+    return [store.history.append(session_id, _turn(number, turn), created_at=1.0) for turn in range(turns)]
+
+
+def _append_where_expected(session_id: str, rounds: int, store: SessionStore, number: int) -> list[bool]:
+    """Try to be the one who appends behind the entry of each number in turn; say when it was."""
+    won = []
+    for last in range(rounds):
+        while store.history.count(session_id) < last:
+            time.sleep(0)
+        won.append(_appends(store, session_id, [str(number).encode()], expected_seq=last))
+    return won
+
+
+def _append_with_key(session_id: str, keys: int, store: SessionStore, number: int) -> list[int]:
+    """Append a turn under each of so many keys, as all racers do."""
+    appends = (partial(store.history.append, session_id, _turn(number, key), key=f"key {key}") for key in range(keys))
+    return [append(created_at=1.0) for append in appends]
+
+
+def _append_until_gone(records: Sequence[SessionRecord], store: SessionStore, number: int) -> list[int]:
+    """Half of the racers append to each session until it is gone, one ends or deletes it meanwhile; how often it went."""
+    counts = []
+    for place, record in enumerate(records):
+        count = 0
+        while _appends(store, record.id, _turn(number, count)):
+            count += 1
+            if number == 0 and count == 5:
+                _finish(store, record, place)
+        counts.append(count)
+    return counts
+
+
+def _finish(store: SessionStore, record: SessionRecord, place: int) -> None:
+    """End every second one, delete the others."""
+    if place % 2:
+        store.delete(record.id)
+    else:
+        store.save(following(record, ended_at=2.0, end_reason="ended"), expected=1)
+
+
+def _appends(store: SessionStore, session_id: str, entries: Sequence[bytes], **options: Any) -> bool:
+    with suppress(SessionConflict, SessionNotFound):
+        store.history.append(session_id, entries, created_at=1.0, **options)
+        return True
+    return False
+
+
+def _read_while_others_append(session_id: str, turns: int, store: SessionStore, number: int) -> bool:
+    """One racer reads while the others append; whether it saw whole turns only."""
+    if number:
+        _append_turns(session_id, turns, store, number)
+        return True
+    whole = True
+    while (count := store.history.count(session_id)) < turns * _TURN * (RACERS - 1):
+        whole = whole and count % _TURN == 0 and len(store.history.read(session_id)) % _TURN == 0
+    return whole
+
+
+class HistoryLogContract(_Contract):
+    """The tests of a store's histories. Subclasses give the fixture ``open_store``."""
+
+    @pytest.fixture
+    def record(self, store: SessionStore) -> SessionRecord:
+        """A session, stored, whose history is empty."""
+        record = make_record(1)
+        store.save(record, expected=0)
+        return record
+
+    @pytest.fixture
+    def log(self, store: SessionStore) -> HistoryLog:
+        return store.history
+
+    @pytest.fixture
+    def ten(self, log: HistoryLog, record: SessionRecord) -> list[LogEntry]:
+        """The entries of *record*: ten of them."""
+        for number in range(1, 11):
+            log.append(record.id, [b"%d" % number], created_at=float(number))
+        return [LogEntry(seq=number, data=b"%d" % number, created_at=float(number)) for number in range(1, 11)]
+
+    # append -----------------------------------------------------------------------------------------------------------
+
+    def test_append(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Entries are numbered on from 1, all of one append have its time, and the number of the last one comes back."""
+        assert log.append(record.id, [b"a", b"b"], created_at=_MOMENT) == 2
+        assert log.append(record.id, [b"c"], created_at=-5.0) == 3
+        assert log.read(record.id) == [
+            LogEntry(seq=1, data=b"a", created_at=_MOMENT),
+            LogEntry(seq=2, data=b"b", created_at=_MOMENT),
+            LogEntry(seq=3, data=b"c", created_at=-5.0),
+        ]
+
+    @pytest.mark.parametrize("data", ODD_ENTRIES.values(), ids=ODD_ENTRIES)
+    def test_entries_come_back_as_they_were(self, log: HistoryLog, record: SessionRecord, data: bytes) -> None:
+        """Whatever bytes an entry has, it comes back with them, and so do its neighbours."""
+        log.append(record.id, [b"before", data, b"behind"], created_at=0.0)
+        found = log.read(record.id)
+        assert [(type(entry.data), entry.data) for entry in found] == [
+            (bytes, b"before"),
+            (bytes, data),
+            (bytes, b"behind"),
+        ]
+        assert [(type(entry.created_at), entry.created_at) for entry in found] == [(float, 0.0)] * 3
+
+    def test_a_whole_number_of_seconds(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A time that is given as an ``int`` comes back as a ``float``."""
+        log.append(record.id, [b"a"], created_at=17)
+        assert repr(log.read(record.id)[0].created_at) == "17.0"
+
+    def test_an_append_of_nothing(self, log: HistoryLog, record: SessionRecord) -> None:
+        """An empty sequence stores nothing and remembers no key, but is checked; the last number comes back."""
+        assert log.append(record.id, [], created_at=1.0) == 0
+        log.append(record.id, [b"a", b"b"], created_at=1.0)
+        assert log.append(record.id, [], created_at=1.0, key="again", expected_seq=2, most=2) == 2
+        assert log.append(record.id, [b"c"], created_at=1.0, key="again") == 3
+        with pytest.raises(SessionConflict):
+            log.append(record.id, [], created_at=1.0, expected_seq=2)
+        with pytest.raises(SessionNotFound):
+            log.append(make_record(2).id, [], created_at=1.0)
+
+    def test_many_entries_at_once(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Thousands of entries may be appended at once."""
+        entries = [b"%d" % number for number in range(1, 3001)]
+        assert log.append(record.id, entries, created_at=1.0) == 3000
+        assert [entry.data for entry in log.read(record.id, after=1490, limit=20)] == entries[1490:1510]
+        assert [entry.data for entry in log.read(record.id, limit=2, newest=True)] == entries[-2:]
+
+    def test_histories_are_apart(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """Each session has a history of its own, with numbers and keys of its own, of one user too."""
+        other = make_record(2)
+        store.save(other, expected=0)
+        assert log.append(record.id, [b"a", b"b"], created_at=1.0, key="key") == 2
+        assert log.append(other.id, [b"c"], created_at=1.0, key="key") == 1
+        assert [entry.data for entry in log.read(other.id)] == [b"c"]
+        assert log.count(record.id) == 2
+
+    @pytest.mark.parametrize("session_id", [make_record(2).id, *MALFORMED_IDS.values()], ids=["missing", *MALFORMED_IDS])
+    def test_append_to_no_session(self, log: HistoryLog, record: SessionRecord, session_id: str) -> None:
+        """An id of which there is no record, or that is malformed, is ``SessionNotFound``, and nothing comes into being."""
+        with pytest.raises(SessionNotFound) as caught:
+            log.append(session_id, [b"a"], created_at=1.0, key="key")
+        assert caught.value.missing
+        assert (log.count(session_id), log.read(session_id)) == (0, [])
+
+    def test_append_to_an_ended_session(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """What has ended takes no entry, not even one whose key it knows; what it has can be read."""
+        log.append(record.id, [b"a"], created_at=1.0, key="key")
+        store.save(following(record, ended_at=2.0, end_reason="ended"), expected=1)
+        for key in None, "key", "another":
+            with pytest.raises(SessionNotFound) as caught:
+                log.append(record.id, [b"b"], created_at=3.0, key=key)
+            assert not caught.value.missing
+        assert log.read(record.id) == [LogEntry(seq=1, data=b"a", created_at=1.0)]
+
+    def test_expiry_is_not_judged(self, store: SessionStore, log: HistoryLog) -> None:
+        """A session that expired long ago takes entries: to judge that is the manager's."""
+        expired = make_record(3, created_at=1.0, accessed_at=2.0, expires_at=3.0)
+        store.save(expired, expected=0)
+        assert log.append(expired.id, [b"a"], created_at=1e9) == 1
+
+    def test_a_saved_session_keeps_its_history(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """Saving the record, longer, shorter and ended, changes nothing of its history."""
+        log.append(record.id, [b"a"], created_at=1.0, key="key")
+        for fields in {"data": b"x" * 100_000}, {"data": b""}, {"expires_at": 1.8e9}, {"ended_at": 1.0}:
+            record = following(record, **fields)
+            store.save(record, expected=record.version - 1)
+        assert log.read(record.id) == [LogEntry(seq=1, data=b"a", created_at=1.0)]
+
+    def test_an_append_leaves_the_record(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """The record stays as it is, its version too."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        assert store.get(record.id) == record
+
+    def test_entries_must_be_bytes(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Anything else is a ``TypeError``, and nothing is stored of the others."""
+        wrong: list[Any] = [b"a", "b"]
+        with pytest.raises(TypeError, match="bytes"):
+            log.append(record.id, wrong, created_at=1.0)
+        assert log.count(record.id) == 0
+
+    @pytest.mark.parametrize("moment", [float("nan"), float("inf"), 1e15, -1e15])
+    def test_moments_beyond_all_dates(self, log: HistoryLog, record: SessionRecord, moment: float) -> None:
+        """A time that is none is a ``ValueError``, and nothing is stored."""
+        with pytest.raises(ValueError, match="created_at"):
+            log.append(record.id, [b"a"], created_at=moment)
+        assert log.count(record.id) == 0
+
+    # expected_seq, most -----------------------------------------------------------------------------------------------
+
+    def test_expected_number(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Entries are stored where the last one has the expected number, 0 where there is none."""
+        assert log.append(record.id, [b"a", b"b"], created_at=1.0, expected_seq=0) == 2
+        assert log.append(record.id, [b"c"], created_at=1.0, expected_seq=2) == 3
+
+    @pytest.mark.parametrize("expected", [0, 1, 3, -1, 10**30])
+    def test_another_number_than_expected(self, log: HistoryLog, record: SessionRecord, expected: int) -> None:
+        """Where it has another one, that is a conflict, and nothing is stored."""
+        log.append(record.id, [b"a", b"b"], created_at=1.0)
+        with pytest.raises(SessionConflict):
+            log.append(record.id, [b"c"], created_at=1.0, expected_seq=expected)
+        assert log.count(record.id) == 2
+
+    def test_no_more_than_allowed(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A history gets exactly as long as is allowed; beyond that it is ``SessionTooLarge``, and nothing is stored."""
+        assert log.append(record.id, [b"a", b"b"], created_at=1.0, most=3) == 2
+        with pytest.raises(SessionTooLarge):
+            log.append(record.id, [b"c", b"d"], created_at=1.0, most=3)
+        assert log.append(record.id, [b"c"], created_at=1.0, most=3) == 3
+        with pytest.raises(SessionTooLarge):
+            log.append(record.id, [b"d"], created_at=1.0, most=3)
+        assert log.append(record.id, [b"d"], created_at=1.0, most=10**30) == 4
+
+    def test_what_is_checked_first(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """A wrong number comes before too many, a missing session before both, a key that is none before all."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        with pytest.raises(SessionConflict):
+            log.append(record.id, [b"b"], created_at=1.0, expected_seq=0, most=1)
+        store.delete(record.id)
+        with pytest.raises(SessionNotFound):
+            log.append(record.id, [b"b"], created_at=1.0, expected_seq=5, most=0)
+        with pytest.raises(ValueError, match="key"):
+            log.append(record.id, [b"b"], created_at=1.0, key="\0")
+
+    # key --------------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("key", ODD_KEYS.values(), ids=ODD_KEYS)
+    def test_a_repeated_append(self, log: HistoryLog, record: SessionRecord, key: str) -> None:
+        """An append with a known key stores nothing and returns what it returned, whatever else is asked for."""
+        assert log.append(record.id, [b"a", b"b"], created_at=1.0, key=key) == 2
+        log.append(record.id, [b"c"], created_at=2.0, key=key + "x" if len(key) < LONGEST_KEY else "x")
+        for options in {}, {"expected_seq": 0}, {"expected_seq": 99}, {"most": 0}:
+            assert log.append(record.id, [b"a", b"b"], created_at=3.0, key=key, **options) == 2
+        assert log.append(record.id, [], created_at=3.0, key=key) == 2
+        assert log.count(record.id) == 3
+
+    @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+    def test_a_key_that_is_none(self, log: HistoryLog, record: SessionRecord, key: str) -> None:
+        """A key that is too long or no text is a ``ValueError`` that names it, and nothing is stored."""
+        with pytest.raises(ValueError, match="key"):
+            log.append(record.id, [b"a"], created_at=1.0, key=key)
+        assert log.count(record.id) == 0
+
+    def test_a_key_of_a_failed_append(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Only what succeeded is remembered."""
+        with pytest.raises(SessionConflict):
+            log.append(record.id, [b"a"], created_at=1.0, key="key", expected_seq=7)
+        with pytest.raises(SessionTooLarge):
+            log.append(record.id, [b"a"], created_at=1.0, key="key", most=0)
+        assert log.append(record.id, [b"a"], created_at=1.0, key="key") == 1
+
+    def test_keys_are_remembered(self, log: HistoryLog, record: SessionRecord) -> None:
+        """Each of the latest appends is remembered, also where others without a key came in between."""
+        for number in range(1, REMEMBERED + 41):
+            log.append(record.id, [b"a"], created_at=1.0, key=f"key {number}" if number % 2 else None)
+        latest = range(41, REMEMBERED + 41, 2)
+        answers = [log.append(record.id, [b"a"], created_at=1.0, key=f"key {number}") for number in latest]
+        assert answers == list(latest)
+
+    # read -------------------------------------------------------------------------------------------------------------
+
+    def test_read_everything(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """Without conditions all entries come, in ascending order."""
+        assert log.read(record.id) == log.read(record.id, newest=True) == ten
+
+    @pytest.mark.parametrize("newest", [False, True])
+    def test_read_a_part(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], newest: bool) -> None:
+        """Those behind *after* and ahead of *before*, the first or the last *limit* of them, always ascending."""
+        afters, befores = (-5, 0, 1, 4, 9, 10, 10**30), (None, -5, 0, 1, 2, 6, 10, 11, 12, 10**30)
+        for after, before, limit in product(afters, befores, (None, 0, 1, 3, 10, 11, 10**30)):
+            between = [entry for entry in ten if after < entry.seq and (before is None or entry.seq < before)]
+            start = max(0, len(between) - limit) if newest and limit is not None else 0
+            wanted = between[start : None if limit is None else start + limit]
+            assert log.read(record.id, after=after, before=before, limit=limit, newest=newest) == wanted
+
+    def test_read_of_a_part_in_turns(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A part may begin and end within what was appended together."""
+        data = []
+        for number in range(1, 30):
+            data += _turn(number)
+            log.append(record.id, data[-_TURN:], created_at=1.0)
+        for first in range(0, len(data), 4):
+            for length in 1, 2, 5, 7:
+                found = log.read(record.id, after=first, limit=length)
+                assert [entry.data for entry in found] == data[first : first + length]
+                assert [entry.seq for entry in found] == list(range(first + 1, first + 1 + len(found)))
+
+    @pytest.mark.parametrize("session_id", [make_record(2).id, *MALFORMED_IDS.values()], ids=["missing", *MALFORMED_IDS])
+    def test_nothing_of_no_session(self, log: HistoryLog, record: SessionRecord, session_id: str) -> None:
+        """A missing session and a malformed id have no entries, and none to delete."""
+        assert (log.read(session_id), log.count(session_id), log.delete(session_id)) == ([], 0, False)
+
+    def test_an_empty_history(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A session to which nothing was appended has no entries, and none to delete."""
+        assert (log.read(record.id), log.count(record.id), log.delete(record.id)) == ([], 0, False)
+
+    def test_a_negative_limit(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A negative limit is a ``ValueError``."""
+        with pytest.raises(ValueError, match="limit"):
+            log.read(record.id, limit=-1)
+
+    def test_count(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """There are as many entries as the last one's number says."""
+        assert log.count(record.id) == 10
+
+    # delete -----------------------------------------------------------------------------------------------------------
+
+    def test_delete(self, store: SessionStore, log: HistoryLog, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """All entries go, the session stays, and numbers start at 1 again; the answer tells whether there were any."""
+        assert [log.delete(record.id), log.delete(record.id)] == [True, False]
+        assert (log.read(record.id), log.count(record.id), store.get(record.id)) == ([], 0, record)
+        assert log.append(record.id, [b"again"], created_at=1.0, expected_seq=0) == 1
+        assert [entry.data for entry in log.read(record.id)] == [b"again"]
+
+    def test_delete_forgets_keys(self, log: HistoryLog, record: SessionRecord) -> None:
+        """A key from before the deletion is a new one."""
+        log.append(record.id, [b"a", b"b"], created_at=1.0, key="key")
+        log.delete(record.id)
+        assert log.append(record.id, [b"c"], created_at=1.0, key="key") == 1
+
+    def test_delete_of_an_ended_session(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """The history of an ended session can be removed."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        store.save(following(record, ended_at=2.0), expected=1)
+        assert log.delete(record.id) is True
+        assert log.count(record.id) == 0
+
+    def test_delete_touches_one_history(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """The history of another session of the same user stays."""
+        other = make_record(2)
+        store.save(other, expected=0)
+        log.append(record.id, [b"a"], created_at=1.0)
+        log.append(other.id, [b"b"], created_at=1.0, key="key")
+        log.delete(record.id)
+        store.delete(record.id)
+        assert [entry.data for entry in log.read(other.id)] == [b"b"]
+        assert log.append(other.id, [b"b"], created_at=1.0, key="key") == 1
+
+    @pytest.mark.parametrize("way", ["delete", "this version", "delete_many"])
+    def test_deleting_a_session(
+        self, store: SessionStore, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], way: str
+    ) -> None:
+        """The history goes with the record, and a session that is created under its id begins with none."""
+        log.append(record.id, [b"a"], created_at=1.0, key="key")
+        if way == "delete_many":
+            assert store.delete_many([Deletion(id=record.id)]) == [True]
+        else:
+            assert store.delete(record.id, expected=1 if way == "this version" else None)
+        assert (log.count(record.id), log.read(record.id), log.delete(record.id)) == (0, [], False)
+        store.save(record, expected=0)
+        assert (log.count(record.id), log.read(record.id)) == (0, [])
+        assert log.append(record.id, [b"b"], created_at=1.0, key="key") == 1
+
+    def test_not_deleting_a_session(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """Where the record is of another version and stays, its history does too."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        assert store.delete(record.id, expected=7) is False
+        assert store.delete_many([Deletion(id=record.id, expected=7)]) == [False]
+        assert log.count(record.id) == 1
+
+    # restore ----------------------------------------------------------------------------------------------------------
+
+    def test_restore(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """Entries come back as they were, with number and time, and the next one follows them."""
+        log.delete(record.id)
+        assert log.restore(record.id, ten) == 10
+        assert log.read(record.id) == ten
+        assert log.append(record.id, [b"11"], created_at=11.0, expected_seq=10) == 11
+
+    def test_restoring_again(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """What is there already is skipped, so repeating it and going on after an interruption are safe."""
+        log.delete(record.id)
+        assert [log.restore(record.id, part) for part in ([], ten[:4], ten[:4], ten, ten[5:], ten)] == [0, 4, 0, 6, 0, 0]
+        assert log.read(record.id) == ten
+
+    @pytest.mark.parametrize("numbers", [[12], [1, 3], [2, 1], [1, 1], [0, 1], [-1, 0]], ids=str)
+    def test_restoring_a_gap(self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], numbers: list[int]) -> None:
+        """Entries that do not follow each other, or what is there, are a ``ValueError``, and nothing is stored."""
+        entries = [LogEntry(seq=number, data=b"", created_at=1.0) for number in numbers]
+        with pytest.raises(ValueError, match=r"gap"):
+            log.restore(record.id, entries)
+        assert log.read(record.id) == ten
+
+    def test_restoring_into_an_ended_session(self, store: SessionStore, log: HistoryLog) -> None:
+        """Whatever the state of the record, its history can be brought over."""
+        ended = make_record(4, ended_at=1.0, end_reason="ended")
+        store.save(ended, expected=0)
+        entries = [LogEntry(seq=1, data=b"a", created_at=_MOMENT)]
+        assert log.restore(ended.id, entries) == 1
+        assert log.read(ended.id) == entries
+
+    @pytest.mark.parametrize("session_id", [make_record(2).id, *MALFORMED_IDS.values()], ids=["missing", *MALFORMED_IDS])
+    def test_restoring_into_no_session(self, log: HistoryLog, record: SessionRecord, session_id: str) -> None:
+        """Without a record nothing is restored."""
+        with pytest.raises(SessionNotFound):
+            log.restore(session_id, [LogEntry(seq=1, data=b"a", created_at=1.0)])
+        assert log.count(session_id) == 0
+
+    def test_restoring_a_long_history(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """A history longer than what is restored in one step comes over as a whole, also after an interruption."""
+        for number in range(12):
+            log.append(record.id, [b"%d.%d" % (number, place) for place in range(100)], created_at=float(number))
+        other = make_record(2)
+        store.save(other, expected=0)
+        entries = log.read(record.id)
+        assert log.restore(other.id, entries) == 1200
+        assert log.read(other.id) == entries
+        log.delete(other.id)
+        log.restore(other.id, entries[:700])
+        assert log.restore(other.id, entries) == 500
+        assert log.read(other.id) == entries
+
+    # Around it --------------------------------------------------------------------------------------------------------
+
+    def test_histories_are_no_sessions(self, store: SessionStore, record: SessionRecord, ten: list[LogEntry]) -> None:
+        """Listings, statistics, checks and tidying up see the session and nothing else, and leave its history alone."""
+        assert list(store.scan()) == list(store.find(SessionQuery(user_id=record.user_id))) == [record]
+        assert store.count(SessionQuery()) == store.stats(now=0.0).total == 1
+        for repair in False, True:
+            assert list(store.check(repair=repair)) == []
+        for full in False, True:
+            list(store.optimize(full=full))
+        assert store.history.read(record.id) == ten
+
+    def test_second_store_sees_it(self, log: HistoryLog, another: SessionStore, record: SessionRecord) -> None:
+        """What one store object appended or removed, another one sees when the call has returned, keys included."""
+        log.append(record.id, [b"a"], created_at=1.0, key="key")
+        assert another.history.read(record.id) == log.read(record.id) != []
+        assert another.history.append(record.id, [b"a"], created_at=1.0, key="key") == 1
+        assert another.history.append(record.id, [b"b"], created_at=1.0) == 2
+        assert log.count(record.id) == 2
+        log.delete(record.id)
+        assert another.history.count(record.id) == 0
+
+    def test_it_outlives_its_store(self, store: SessionStore, another: SessionStore, record: SessionRecord) -> None:
+        """Closing a store loses nothing, and using its histories again opens it anew."""
+        store.history.append(record.id, [b"a"], created_at=1.0)
+        store.close()
+        assert another.history.count(record.id) == 1
+        assert store.history.append(record.id, [b"b"], created_at=1.0) == 2
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_fork(self, log: HistoryLog, another: SessionStore, record: SessionRecord) -> None:
+        """Histories go on working after a fork, in the child and in the parent."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        assert in_a_fork(lambda: log.append(record.id, [b"b"], created_at=1.0)) == 2
+        assert log.append(record.id, [b"c"], created_at=1.0) == 3
+        assert [entry.data for entry in log.read(record.id)] == [b"a", b"b", b"c"]
+
+    def test_against_a_list(self, store: SessionStore) -> None:
+        """Whatever is done in whatever order, the history and a plain list agree."""
+        machine: Any = partial(_AgainstList, store)
+        run_state_machine_as_test(machine, settings=settings(deadline=None, max_examples=15, stateful_step_count=20))
+
+    # Races ------------------------------------------------------------------------------------------------------------
+
+    def test_race_of_appends(self, store: SessionStore, record: SessionRecord, race: Race) -> None:
+        """Turns of several processes follow one another: none is lost or torn apart, and each gets its own answer."""
+        answers = race(partial(_append_turns, record.id, 20))
+        entries = store.history.read(record.id)
+        assert [entry.seq for entry in entries] == list(range(1, 20 * RACERS * _TURN + 1))
+        turns = {entry.seq: [found.data for found in entries[entry.seq - _TURN : entry.seq]] for entry in entries}
+        for number, ends in enumerate(answers):
+            assert [turns[end] for end in ends] == [_turn(number, turn) for turn in range(20)]
+
+    def test_race_for_a_number(self, store: SessionStore, record: SessionRecord, race: Race) -> None:
+        """Of several that expect the same number, exactly one stores its entry."""
+        outcomes = race(partial(_append_where_expected, record.id, 15))
+        winners = [[number for number, won in enumerate(won_by) if won] for won_by in zip(*outcomes, strict=True)]
+        assert [[int(entry.data)] for entry in store.history.read(record.id)] == winners
+
+    def test_race_with_one_key(self, store: SessionStore, record: SessionRecord, race: Race) -> None:
+        """Of several that append with the same key, one stores its turn, and all get the same answer."""
+        answers = race(partial(_append_with_key, record.id, 15))
+        assert answers == [[_TURN * number for number in range(1, 16)]] * RACERS
+        turns = [entry.data.split()[1:] for entry in store.history.read(record.id)]
+        assert turns == [[b"%d" % key, b"%d" % place] for key in range(15) for place in range(_TURN)]
+
+    def test_race_against_the_end(self, store: SessionStore, race: Race) -> None:
+        """Nothing is appended behind an ending, and nothing is left behind a deletion, not even for a new session."""
+        records = [make_record(number) for number in range(10)]
+        store.save_many([Change(record=record, expected=0) for record in records])
+        counts = race(partial(_append_until_gone, records))
+        for place, record in enumerate(records):
+            appended = _TURN * sum(of_racer[place] for of_racer in counts)
+            assert store.history.count(record.id) == (0 if place % 2 else appended)
+            if place % 2:
+                store.save(record, expected=0)
+                assert store.history.read(record.id) == []
+
+    def test_race_of_reads(self, store: SessionStore, record: SessionRecord, race: Race) -> None:
+        """Whoever reads meanwhile sees whole turns only, and no error."""
+        assert all(race(partial(_read_while_others_append, record.id, 20)))
+
+
+class _AgainstList(RuleBasedStateMachine):
+    """Does the same to a history and to a list of entries, and expects the same outcome."""
+
+    def __init__(self, store: SessionStore) -> None:
+        super().__init__()
+        self.record = make_record(1)
+        self.store = store
+        store.delete(self.record.id)
+        store.save(self.record, expected=0)
+        self.log = store.history
+        self.model: list[LogEntry] = []
+        self.keys: dict[str, int] = {}
+
+    @rule(
+        entries=st.lists(st.binary(max_size=9), max_size=4),
+        key=st.none() | st.sampled_from("abc"),
+        off=st.sampled_from([None, None, 0, 1, -1]),
+        most=st.none() | st.integers(0, 30),
+    )
+    def append(self, entries: list[bytes], key: str | None, off: int | None, most: int | None) -> None:
+        last = len(self.model)
+        expected = None if off is None else last + off
+        append = partial(
+            self.log.append, self.record.id, entries, created_at=0.5, key=key, expected_seq=expected, most=most
+        )
+        if key in self.keys:
+            assert append() == self.keys[key]
+        elif off:
+            with pytest.raises(SessionConflict):
+                append()
+        elif most is not None and last + len(entries) > most:
+            with pytest.raises(SessionTooLarge):
+                append()
+        else:
+            assert append() == last + len(entries)
+            self.model += [LogEntry(seq=seq, data=data, created_at=0.5) for seq, data in enumerate(entries, last + 1)]
+            if entries and key is not None:
+                self.keys[key] = len(self.model)
+
+    @rule(first=st.integers(0, 12), size=st.integers(0, 5), limit=st.none() | st.integers(0, 4), newest=st.booleans())
+    def read(self, first: int, size: int, limit: int | None, newest: bool) -> None:
+        found = self.log.read(self.record.id, after=first, before=first + size, limit=limit, newest=newest)
+        between = self.model[first : max(first, first + size - 1)]
+        cut = len(between) if limit is None else limit
+        assert found == (between[max(0, len(between) - cut) :] if newest else between[:cut])
+
+    @rule()
+    def restore(self) -> None:
+        assert self.log.restore(self.record.id, self.model) == 0
+
+    @rule(whole=st.booleans())
+    def delete(self, whole: bool) -> None:
+        if whole:
+            assert self.store.delete(self.record.id)
+            self.store.save(self.record, expected=0)
+        else:
+            assert self.log.delete(self.record.id) is bool(self.model)
+        self.model, self.keys = [], {}
+
+    def teardown(self) -> None:
+        assert self.log.read(self.record.id) == self.model
+        assert self.log.count(self.record.id) == len(self.model)

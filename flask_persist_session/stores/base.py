@@ -66,6 +66,7 @@ from ..records import (
 )
 from ..serializers import DAMAGED, load_tags
 from ..tokens import shard_of
+from .history import HistoryLog
 
 log = logging.getLogger("flask_persist_session")
 
@@ -125,7 +126,10 @@ class SessionStore(ABC):
 
     @abstractmethod
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
-        """Remove the record and every index entry of it; say whether there was one to remove.
+        """Remove the record, every index entry and its history; say whether there was a record to remove.
+
+        All go in one step: nobody can append to the history of a record that is gone, and a session that is created
+        under the same id later begins with none.
 
         With *expected*, only the record of just that version is removed, otherwise nothing happens and the answer is
         ``False``. Missing and malformed ids: ``False``.
@@ -227,6 +231,14 @@ class SessionStore(ABC):
             f"{type(self).__name__} has one namespace only; give it a method namespace(name) that returns the store of "
             "another one, or set PERSIST_SESSION_STORE to the URL of a store of this package"
         )
+
+    @property
+    def history(self) -> HistoryLog:
+        """The append-only logs of the sessions kept here.
+
+        Raises ``UnsupportedByStore``, with the reason, if there are none.
+        """
+        raise UnsupportedByStore(f"{type(self).__name__} keeps no histories: it has no log that entries can be appended to")
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         """Yield what is not as it should be, and with *repair* mend it where nothing can be lost by that.

@@ -16,10 +16,11 @@ from typing import Any
 
 from cachelib import BaseCache, NullCache, SimpleCache
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
 from ..records import SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from .base import SessionStore, after_fork, cannot_list, check_namespace, check_save, conflict, that_of
+from .history import HistoryLog
 
 log = logging.getLogger("flask_persist_session")
 
@@ -130,6 +131,13 @@ class CachelibStore(SessionStore):
         # One object per namespace: its locks are what makes a save one step.
         child._family = self._family
         return self._family.setdefault(name, child)
+
+    @property
+    def history(self) -> HistoryLog:
+        raise UnsupportedByStore(
+            "CachelibStore keeps no histories: a cachelib cache cannot append, and two processes that write the whole of "
+            "one at the same moment would lose entries"
+        )
 
     def note(self, name: str, moment: float) -> None:
         with self._errors():

@@ -11,6 +11,7 @@ from ..exceptions import ConfigError
 from ..records import SessionRecord
 from . import Location
 from .base import SessionStore, after_fork, check_namespace, check_save, conflict
+from .memory_history import MemoryHistory
 
 
 def open_location(location: Location, namespace: str) -> MemoryStore:
@@ -28,6 +29,7 @@ class MemoryStore(SessionStore):
         self._family = {namespace: self}
         self._records: dict[str, SessionRecord] = {}
         self._notes: dict[str, float] = {}
+        self._history = MemoryHistory(self._records, lambda: self._lock)
         self._renew_lock()
         after_fork(self._renew_lock)
 
@@ -50,6 +52,7 @@ class MemoryStore(SessionStore):
             if session_id not in self._records or expected not in (None, self._version(session_id)):
                 return False
             del self._records[session_id]
+            self._history.forget(session_id)
             return True
 
     def _version(self, session_id: str) -> int:
@@ -60,6 +63,10 @@ class MemoryStore(SessionStore):
         with self._lock:
             records = list(self._records.values())
         yield from map(_copy, records)
+
+    @property
+    def history(self) -> MemoryHistory:
+        return self._history
 
     def lease(self, name: str, seconds: float) -> bool:
         # Nobody but this object reaches the dict, so whoever asks is the holder.

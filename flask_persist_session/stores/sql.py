@@ -48,6 +48,7 @@ from .base import (
     that_of,
 )
 from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
+from .sql_history import TABLES_LOCK, SQLHistory
 from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
@@ -96,6 +97,7 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
+        self._history = SQLHistory(self._using, self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -247,6 +249,10 @@ class SQLStore(SessionStore):
         if name == self._namespace:
             return self
         return SQLStore(self._connect, name, name=self._name, patience=self._patience)
+
+    @property
+    def history(self) -> SQLHistory:
+        return self._history
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         try:
@@ -471,7 +477,7 @@ class SQLStore(SessionStore):
             if isinstance(database, pw.PostgresqlDatabase):
                 # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
                 database.execute_sql(  # type: ignore[no-untyped-call]
-                    "SELECT pg_advisory_xact_lock(%s)", (0x70657273697374,)
+                    "SELECT pg_advisory_xact_lock(%s)", (TABLES_LOCK,)
                 )
             for model in missing:
                 with model.bind_ctx(database):

@@ -1,0 +1,225 @@
+"""The histories of the sessions of a SQL database: one row per entry.
+
+The table is made when the first entry is appended, so a database whose sessions have no histories needs none. It is
+``persist_history_<namespace>`` and not named after the table of the sessions, because there may be a namespace of that
+name. The database itself removes a history together with its session, whoever deletes that: SQLite by a trigger, because
+it obeys foreign keys only where each connection asks for it; other databases by a foreign key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from ..records import LogEntry, is_session_id
+from .databases import PerThread, translated
+from .history import (
+    RESTORED_AT_ONCE,
+    HistoryLog,
+    behind,
+    check_entries,
+    check_restored,
+    check_room,
+    digest_of,
+    log_entry,
+    no_session,
+    span,
+)
+
+_NO_LIMIT = 2**63 - 1
+#: The lock under which the tables of this package are made on a PostgreSQL server.
+TABLES_LOCK = 0x70657273697374
+
+# WITHOUT ROWID keeps the entries of a session side by side, and their numbers in one tree instead of two.
+_TABLES_OF_SQLITE = (
+    """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL, seq INTEGER NOT NULL, created_at REAL NOT NULL,
+    "key" BLOB, data BLOB NOT NULL, PRIMARY KEY (session_id, seq)) WITHOUT ROWID""",
+    'CREATE INDEX IF NOT EXISTS "{index}" ON "{table}" (session_id, "key") WHERE "key" IS NOT NULL',
+    """CREATE TRIGGER IF NOT EXISTS "{table}_end" AFTER DELETE ON "{sessions}"
+    BEGIN DELETE FROM "{table}" WHERE session_id = OLD.id; END""",
+)
+_TABLES_OF_POSTGRESQL = (
+    f"SELECT pg_advisory_xact_lock({TABLES_LOCK})",
+    """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL REFERENCES "{sessions}" (id) ON DELETE CASCADE,
+    seq BIGINT NOT NULL, created_at DOUBLE PRECISION NOT NULL, "key" BYTEA, data BYTEA NOT NULL,
+    PRIMARY KEY (session_id, seq))""",
+    _TABLES_OF_SQLITE[1],
+)
+_STATEMENTS = {
+    # In SQLite the transaction has the only write lock there is. Where it is a lock on the row, what follows must be a
+    # statement of its own, to see what was committed while this one waited.
+    "session": 'SELECT ended_at FROM "{sessions}" WHERE id = ?{locked}',
+    "last": 'SELECT MAX(seq) FROM "{table}" WHERE session_id = ?',
+    "known": 'SELECT seq FROM "{table}" WHERE session_id = ? AND "key" = ?',
+    "insert": 'INSERT INTO "{table}" (session_id, seq, created_at, "key", data) VALUES (?, ?, ?, ?, ?)',
+    "first": """SELECT seq, created_at, data FROM "{table}" WHERE session_id = ? AND seq BETWEEN ? AND ?
+    ORDER BY seq LIMIT ?""",
+    "newest": """SELECT seq, created_at, data FROM "{table}" WHERE session_id = ? AND seq BETWEEN ? AND ?
+    ORDER BY seq DESC LIMIT ?""",
+    "delete": 'DELETE FROM "{table}" WHERE session_id = ?',
+    "next": 'SELECT MIN(session_id) FROM "{table}" WHERE session_id > ?',
+    "stray": 'DELETE FROM "{table}" WHERE session_id = ? AND NOT EXISTS (SELECT 1 FROM "{sessions}" WHERE id = ?)',
+}
+
+
+class SQLHistory(HistoryLog):
+    """Keeps each entry as a row of a table.
+
+    :param using: gives the database, connected and with the table of the sessions, and translates errors.
+    :param sessions: the table of the sessions.
+    :param namespace: part of the names of the table and its index.
+    """
+
+    def __init__(
+        self, using: Callable[[], AbstractContextManager[PerThread]], sessions: str, namespace: str, *, of_sqlite: bool
+    ) -> None:
+        self._using = using
+        self._table = f"persist_history_{namespace}"
+        names = {"sessions": sessions, "table": self._table, "index": f"persist_key_{namespace}"}
+        names["locked"] = "" if of_sqlite else " FOR NO KEY UPDATE"
+        place = "?" if of_sqlite else "%s"
+        self._statements = {name: text.format(**names).replace("?", place) for name, text in _STATEMENTS.items()}
+        tables = _TABLES_OF_SQLITE if of_sqlite else _TABLES_OF_POSTGRESQL
+        self._tables = [statement.format(**names) for statement in tables]
+        self._ready = False
+
+    def append(
+        self,
+        session_id: str,
+        entries: Sequence[bytes],
+        *,
+        created_at: float,
+        expected_seq: int | None = None,
+        key: str | None = None,
+        most: int | None = None,
+    ) -> int:
+        digest = digest_of(key)
+        check_entries(entries, created_at)
+        with self._changing(session_id, ended=False) as run:
+            if digest is not None and (known := run("known", session_id, digest).fetchone()):
+                return int(known[0])
+            last = run("last", session_id).fetchone()[0] or 0
+            check_room(session_id, last, len(entries), expected_seq, most)
+            end = last + len(entries)
+            # The key stands with the last entry, whose number was the answer.
+            run.many(
+                [
+                    (session_id, seq, created_at, digest if seq == end else None, data)
+                    for seq, data in enumerate(entries, last + 1)
+                ]
+            )
+            return end
+
+    def read(
+        self,
+        session_id: str,
+        *,
+        after: int = 0,
+        before: int | None = None,
+        limit: int | None = None,
+        newest: bool = False,
+    ) -> list[LogEntry]:
+        first, last = span(after, before, limit)
+        if not is_session_id(session_id) or first > last:
+            return []
+        most = _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)
+        rows = self._rows("newest" if newest else "first", session_id, first, last, most)
+        return [
+            log_entry(session_id, seq, created_at, data) for seq, created_at, data in (reversed(rows) if newest else rows)
+        ]
+
+    def count(self, session_id: str) -> int:
+        rows = self._rows("last", session_id) if is_session_id(session_id) else []
+        return rows[0][0] or 0 if rows else 0
+
+    def delete(self, session_id: str) -> bool:
+        if not self.count(session_id):
+            return False
+        with self._transaction() as run:
+            run("session", session_id)  # locked: an append must not go on from a number that is just being removed
+            return bool(run("delete", session_id).rowcount)
+
+    def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
+        check_restored(entries)
+        stored = 0
+        for start in range(0, max(len(entries), 1), RESTORED_AT_ONCE):
+            with self._changing(session_id, ended=True) as run:
+                last = run("last", session_id).fetchone()[0] or 0
+                part = behind(session_id, last, entries[start : start + RESTORED_AT_ONCE])
+                run.many([(session_id, entry.seq, entry.created_at, None, entry.data) for entry in part])
+                stored += len(part)
+        return stored
+
+    def strays(self, *, repair: bool) -> Iterator[str]:
+        """The ids of which there is a history but no session; with *repair* it is removed."""
+        session_id = ""
+        # From one history to the next, however long they are.
+        while (found := self._rows("next", session_id)) and found[0][0] is not None:
+            session_id = found[0][0]
+            with self._transaction() as run:
+                is_stray = run("session", session_id).fetchone() is None
+                if is_stray and repair:
+                    run("stray", session_id, session_id)
+            if is_stray:
+                yield session_id
+
+    # Statements -------------------------------------------------------------------------------------------------------
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        """What a statement gives; nothing if there is no table yet."""
+        with self._using() as database, translated:
+            if not self._is_made(database):
+                return []
+            cursor: Any = database.execute_sql(self._statements[statement], values)  # type: ignore[no-untyped-call]
+            return list(cursor.fetchall())
+
+    @contextmanager
+    def _changing(self, session_id: str, *, ended: bool) -> Iterator[_Run]:
+        """A transaction during which nobody else changes the session or its history.
+
+        Raises ``SessionNotFound`` if there is no session, or it has *ended* and must not have.
+        """
+        if not is_session_id(session_id):
+            raise no_session(session_id)
+        with self._transaction() as run:
+            found = run("session", session_id).fetchone()
+            if found is None or (found[0] is not None and not ended):
+                raise no_session(session_id, ended=found is not None)
+            yield run
+
+    @contextmanager
+    def _transaction(self) -> Iterator[_Run]:
+        with self._using() as database, translated:
+            if not self._is_made(database):
+                self._make(database)
+            with database.atomic():
+                yield _Run(database, self._statements)
+
+    def _is_made(self, database: PerThread) -> bool:
+        # A user who may not create anything can use what somebody else created.
+        self._ready = self._ready or bool(database.table_exists(self._table))
+        return self._ready
+
+    def _make(self, database: PerThread) -> None:
+        with database.atomic():
+            for statement in self._tables:
+                database.execute_sql(statement)  # type: ignore[no-untyped-call]
+        self._ready = True
+
+
+class _Run:
+    """Runs statements by their names, on one cursor."""
+
+    def __init__(self, database: PerThread, statements: dict[str, str]) -> None:
+        self._cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
+        self._statements = statements
+
+    def __call__(self, name: str, *values: Any) -> Any:
+        self._cursor.execute(self._statements[name], values)
+        return self._cursor
+
+    def many(self, rows: list[tuple[Any, ...]]) -> None:
+        """Insert entries."""
+        if rows:
+            self._cursor.executemany(self._statements["insert"], rows)

@@ -1,0 +1,57 @@
+"""The histories of every store pass the public suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from flask_persist_session import SessionStore, open_store
+from flask_persist_session.stores.migrating import MigratingStore
+from flask_persist_session.testing import HistoryLogContract
+
+NewURL = Callable[[str], str]
+Opener = Callable[[], SessionStore]
+
+
+class TestMemory(HistoryLogContract):
+    shared = False
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("memory"))
+
+
+class TestFile(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("file"))
+
+
+class TestSQLite(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("sqlite"))
+
+
+class TestRedis(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("redis"))
+
+
+class TestPostgreSQL(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("postgresql"))
+
+
+def _open_both(store: str, old: str) -> SessionStore:
+    return MigratingStore(open_store(store), open_store(old))
+
+
+class TestMigrating(HistoryLogContract):
+    @pytest.fixture(params=["sqlite-file", "redis-sqlite"])
+    def open_store(self, request: pytest.FixtureRequest, new_url: NewURL) -> Opener:
+        return partial(_open_both, *map(new_url, request.param.split("-")))
