@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 State: TypeAlias = Literal["active", "expired", "ended"]
+#: Where a record stands in an order: the value of the field that it is ordered by, and the id.
+Position: TypeAlias = "tuple[float | str, str]"
 
 ORDERS = ("id", "created_at", "accessed_at", "expires_at")
 #: The year 9000 in seconds since the epoch; a date of the year 10000 is none for Python.
@@ -96,8 +99,12 @@ class SessionQuery:
     descending, ties broken by id; ``None`` lets the store stream in any order. *offset* and *limit* cut the result after
     ordering.
 
-    Raises ``ValueError`` for an unknown order, a negative limit or offset, a state without *now*, or an *id_prefix* that no
-    id can have.
+    *after* is the ``position`` of the last record of the page before: only what comes later in *order_by*, which it needs,
+    matches. Such a page costs the same however many come before it, and what is created or deleted meanwhile neither
+    repeats nor skips a record on it, as it does with *offset*.
+
+    Raises ``ValueError`` for an unknown order, a negative limit or offset, a state without *now*, an *id_prefix* that no
+    id can have, or an *after* that is no position in *order_by* or comes with an *offset*.
     """
 
     ids: frozenset[str] | None = None
@@ -117,6 +124,7 @@ class SessionQuery:
     order_by: str | None = None
     limit: int | None = None
     offset: int = 0
+    after: Position | None = None
 
     def __post_init__(self) -> None:
         if self.order_by is not None and self.order_by.removeprefix("-") not in ORDERS:
@@ -129,6 +137,37 @@ class SessionQuery:
             raise ValueError(
                 f"id_prefix is {self.id_prefix!r}; allowed are the first 3 to 67 lower-case hex digits of an id"
             )
+        if self.after is not None:
+            self._check_after(self.after)
+
+    def _check_after(self, after: Position) -> None:
+        if self.order_by is None or self.offset:
+            raise ValueError("a query with after= needs order_by=, and takes no offset=")
+        value, session_id = after
+        fits = value == session_id if self.by_id else type(value) in (int, float) and abs(float(value)) < math.inf
+        if not (fits and is_session_id(session_id)):
+            raise ValueError(
+                f"after is {after!r}; allowed is the position of a record in {self.order_by}: the value of that field and "
+                "the id"
+            )
+
+    @property
+    def by_id(self) -> bool:
+        """Whether the order is by id, one way or the other."""
+        return self.order_by in ("id", "-id")
+
+    @property
+    def descending(self) -> bool:
+        """Whether the order is from the last to the first."""
+        return self.order_by is not None and self.order_by.startswith("-")
+
+    def position(self, record: SessionRecord) -> Position:
+        """Where *record* stands in the order: *after* of the page that follows it. Without an order, by id."""
+        return getattr(record, (self.order_by or "id").removeprefix("-")), record.id
+
+    def uncut(self) -> SessionQuery:
+        """The same conditions without limit and offset, and without an order unless a condition needs it."""
+        return replace(self, order_by=self.order_by if self.after else None, limit=None, offset=0)
 
     def matches(self, record: SessionRecord) -> bool:
         """Whether *record* fulfils every condition; this is what each store's ``find`` and ``count`` must agree with."""
@@ -143,7 +182,11 @@ class SessionQuery:
             and _within(record.accessed_at, self.accessed_after, self.accessed_before)
             and _within(record.expires_at, self.expires_after, self.expires_before)
             and (self.text is None or _mentions(record, self.text.casefold()))
+            and (self.after is None or self._comes_after(self.position(record), self.after))
         )
+
+    def _comes_after(self, position: Any, after: Any) -> bool:
+        return bool(position < after if self.descending else position > after)
 
 
 def place_of(record: SessionRecord, order_by: str) -> tuple[float | str, str]:

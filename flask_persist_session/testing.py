@@ -212,7 +212,13 @@ def _queries(draw: st.DrawFn) -> SessionQuery:
     """A query with at most four conditions, since more are hardly ever fulfilled."""
     names = draw(st.sets(st.sampled_from(sorted(_conditions)), max_size=4))
     conditions = {name: draw(_conditions[name]) for name in sorted(names)}
-    paging = {"order_by": draw(_orders), "limit": draw(st.none() | st.integers(0, 8)), "offset": draw(st.integers(0, 3))}
+    order_by = draw(_orders)
+    paging: dict[str, Any] = {"order_by": order_by, "limit": draw(st.none() | st.integers(0, 8))}
+    if order_by and draw(st.booleans()):
+        session_id = draw(st.sampled_from([*_IDS, "000" + "0" * 64, "3" + "f" * 66]))
+        paging["after"] = session_id if order_by.endswith("id") else draw(_times | st.integers(0, 2)), session_id
+    else:
+        paging["offset"] = draw(st.integers(0, 3))
     return SessionQuery(**{"now": 1.0} | conditions | paging)
 
 
@@ -806,6 +812,57 @@ class SessionStoreContract(_Contract):
         assert len({record.id for record in found}) == 1060
         assert order_by is None or found == records[10:1070]
         assert listing.count(SessionQuery(order_by=order_by, offset=10)) == 1090
+
+    @pytest.mark.parametrize("order_by", ["id", "-id", "accessed_at", "-accessed_at"])
+    @pytest.mark.parametrize("user_id", [None, "alice"])
+    def test_find_page_by_page(self, listing: SessionStore, order_by: str, user_id: str | None) -> None:
+        """Pages that each start after the last record of the one before are the whole, though many have the same times."""
+        records = [make_record(number, user_id=user_id, accessed_at=float(number % 3)) for number in range(70)]
+        listing.save_many([Change(record=record, expected=0) for record in records])
+        query = SessionQuery(order_by=order_by, user_id=user_id, limit=9)
+        whole, found = list(listing.find(replace(query, limit=None))), list(listing.find(query))
+        assert sorted(record.id for record in whole) == sorted(record.id for record in records)
+        while (rest := len(whole) - len(found)) > 0:
+            query = replace(query, after=query.position(found[-1]))
+            assert listing.count(replace(query, limit=None)) == rest
+            found += listing.find(query)
+        assert found == whole
+
+    @pytest.mark.parametrize("order_by", ["-accessed_at", "accessed_at", "-created_at", "expires_at"])
+    @pytest.mark.parametrize("tenant_id", [None, "", "acme"])
+    def test_find_active_ones_of_a_user(self, listing: SessionStore, order_by: str, tenant_id: str | None) -> None:
+        """The pages of a user's active sessions are what matches, of whatever version, tenant and state the others are."""
+        versions = [1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**40]
+        records = [
+            make_record(
+                number,
+                version=versions[number % len(versions)],
+                tenant_id=(None, "", "acme")[number % 3],
+                accessed_at=float(number % 7),
+                created_at=-float(number % 5),
+                expires_at=(100.0, 100.5, 99.5)[number % 11 % 3],
+                ended_at=50.0 if number % 9 == 4 else None,
+            )
+            for number in range(90)
+        ]
+        listing.save_many([Change(record=record, expected=0) for record in records])
+        query = SessionQuery(user_id="alice", tenant_id=tenant_id, state="active", now=100.0, order_by=order_by, limit=4)
+        wanted = sorted(filter(query.matches, records), key=query.position, reverse=query.descending)
+        assert list(listing.find(replace(query, offset=3))) == wanted[3:7]
+        found = list(listing.find(query))
+        while page := list(listing.find(replace(query, after=query.position(found[-1])))):
+            found += page
+        assert found == wanted
+
+    def test_find_after_what_is_gone(self, listing: SessionStore) -> None:
+        """A page starts after a record that was deleted since, and what comes before it by then is not on it."""
+        records = sorted((make_record(number, user_id=None) for number in range(10, 14)), key=lambda record: record.id)
+        listing.save_many([Change(record=record, expected=0) for record in records[1:]])
+        query = SessionQuery(order_by="id", limit=2)
+        last = list(listing.find(query))[-1]
+        listing.delete(last.id)
+        listing.save(records[0], expected=0)
+        assert list(listing.find(replace(query, after=query.position(last)))) == records[3:]
 
     def test_find_of_a_user(self, listing: SessionStore) -> None:
         """A user is found by the exact id: nobody, the empty id, other case and other spelling are other users."""

@@ -65,7 +65,7 @@ from ..records import (
     is_session_id,
 )
 from ..serializers import DAMAGED, load_tags
-from ..tokens import shard_of
+from ..tokens import SHARDS, shard_of
 from .history import HistoryLog
 
 log = logging.getLogger("flask_persist_session")
@@ -383,22 +383,42 @@ def moment_in(text: str) -> float | None:
 
 def order_and_cut(records: Iterator[SessionRecord], query: SessionQuery) -> Iterator[SessionRecord]:
     """Apply the order, offset and limit of *query*; holds ``offset + limit`` records in memory, or all if unlimited."""
-    end = None if query.limit is None else query.offset + query.limit
-    if query.order_by is not None:
-        records = _ordered(records, query.order_by, end)
-    return islice(records, query.offset, end)
+    return cut(records if query.order_by is None else _ordered(records, query), query)
 
 
-def _ordered(records: Iterator[SessionRecord], order_by: str, end: int | None) -> Iterator[SessionRecord]:
-    name = order_by.removeprefix("-")
-    descending = order_by.startswith("-")
+def cut(records: Iterator[SessionRecord], query: SessionQuery) -> Iterator[SessionRecord]:
+    """Apply the offset and limit of *query* to records that are in its order."""
+    return islice(records, query.offset, _end(query))
 
-    def key(record: SessionRecord) -> tuple[float | str, str]:
-        return getattr(record, name), record.id
 
+def _end(query: SessionQuery) -> int | None:
+    return None if query.limit is None else query.offset + query.limit
+
+
+def _ordered(records: Iterator[SessionRecord], query: SessionQuery) -> Iterator[SessionRecord]:
+    end = _end(query)
     if end is None:
-        return iter(sorted(records, key=key, reverse=descending))
-    return iter((heapq.nlargest if descending else heapq.nsmallest)(end, records, key=key))
+        return iter(sorted(records, key=query.position, reverse=query.descending))
+    return iter((heapq.nlargest if query.descending else heapq.nsmallest)(end, records, key=query.position))
+
+
+def shards_of(query: SessionQuery) -> range:
+    """The shards in which what *query* finds can be; in its order, if that is by id."""
+    start = int(query.after[1][:3], 16) if query.by_id and query.after else None
+    if query.order_by == "-id":
+        return range(SHARDS - 1 if start is None else start, -1, -1)
+    return range(start or 0, SHARDS)
+
+
+def in_order(ids: Iterable[str], query: SessionQuery) -> Iterable[str]:
+    """The ids of one shard; if the order of *query* is by id, then in that order and those alone that can match."""
+    if not query.by_id:
+        return ids
+    beyond = sorted(ids, reverse=query.descending)
+    if query.after is None:
+        return beyond
+    last = query.after[1]
+    return [session_id for session_id in beyond if (session_id < last if query.descending else session_id > last)]
 
 
 def add_up(records: Iterator[SessionRecord], now: float) -> StoreStats:

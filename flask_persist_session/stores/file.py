@@ -37,11 +37,14 @@ from .base import (
     check_namespace,
     check_save,
     conflict,
+    cut,
     ignore,
+    in_order,
     lease_holder,
     log_unreadable,
     moment_in,
     order_and_cut,
+    shards_of,
 )
 from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
@@ -176,6 +179,7 @@ class FileStore(SessionStore):
             yield from self._records(self._ids_in(shard))
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
+        arrange = order_and_cut
         if query.ids is not None:
             records = self._records(iter(sorted(query.ids)))
         elif query.user_id is not None:
@@ -184,8 +188,10 @@ class FileStore(SessionStore):
             prefix = query.id_prefix
             records = self._records(name for name in self._ids_in(int(prefix[:3], 16)) if name.startswith(prefix))
         else:
-            records = self.scan()
-        return order_and_cut((record for record in records if query.matches(record)), query)
+            ids = (in_order(self._ids_in(shard), query) for shard in shards_of(query))
+            records = self._records(chain.from_iterable(ids))
+            arrange = cut if query.by_id else order_and_cut
+        return arrange((record for record in records if query.matches(record)), query)
 
     def count(self, query: SessionQuery) -> int:
         if query != SessionQuery():

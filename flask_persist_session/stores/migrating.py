@@ -73,7 +73,7 @@ class MigratingStore(SessionStore):
         return self._both(SessionQuery())
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
-        return order_and_cut(self._both(replace(query, order_by=None, limit=None, offset=0)), query)
+        return order_and_cut(self._both(query.uncut()), query)
 
     def lease(self, name: str, seconds: float) -> bool:
         return self.store.lease(name, seconds)

@@ -23,6 +23,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 from urllib.parse import SplitResult, urlunsplit
@@ -45,12 +46,15 @@ from .base import (
     check_save,
     combined,
     conflict,
+    cut,
     ignore,
+    in_order,
     lease_holder,
     log_unreadable,
     moment_in,
     order_and_cut,
     per_tag,
+    shards_of,
     that_of,
 )
 from .redis_upkeep import RedisCheck
@@ -60,6 +64,10 @@ _MARGIN = 7 * 86400
 _PAGE = 200
 #: What a server answers, also from within a script, that may be otherwise soon.
 _PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN")
+#: How many bytes the times of a packed record that has not ended stand before its version; and by what a script finds a
+#: page of a user's sessions.
+_DISTANCES = {"created_at": 29, "accessed_at": 20, "expires_at": 11}
+_JUDGED_BY_SERVER = ("user_id", "tenant_id", "state", "order_by", "limit", "offset", "after")
 #: How many shards are asked for their ids at once, at most, and so many ids that they should not give many more.
 _SHARDS_AT_ONCE = 128
 _IDS_AT_ONCE = 4000
@@ -201,15 +209,18 @@ class RedisStore(SessionStore):
             return bool(self._run(_DELETE, self._delete_arguments(session_id, expected)))
 
     def scan(self) -> Iterator[SessionRecord]:
-        return self._records(self._ids("-inf", "+inf"), self._expiry_key_of)
+        return self._records(self._ids(SessionQuery()), self._expiry_key_of)
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         if not can_match(query):
             return iter(())
+        arrange = order_and_cut
         if query.ids is not None:
             records = self._records(filter(is_session_id, sorted(query.ids)), None)
         elif query.user_id is not None:
             index = self._user_key(shard_of(query.user_id), query.user_id)
+            if (page := self._page_of_user(index, query)) is not None:
+                return iter(page)
             if query.state in ("active", "expired"):
                 records = self._open_of_user(index)
             else:
@@ -219,8 +230,10 @@ class RedisStore(SessionStore):
             ids = self._ids_in_index(self._expiry_key(prefix[:3]))
             records = self._records((name for name in ids if name.startswith(prefix)), self._expiry_key_of)
         else:
-            records = self._records(self._ids(*_bounds(query)), self._expiry_key_of)
-        return order_and_cut((record for record in records if query.matches(record)), query)
+            arrange = cut if query.by_id else order_and_cut
+            fewest = _PAGE if query.limit is None or not query.by_id else max(1, query.offset + query.limit)
+            records = self._records(self._ids(query), self._expiry_key_of, fewest)
+        return arrange((record for record in records if query.matches(record)), query)
 
     def count(self, query: SessionQuery) -> int:
         if query != SessionQuery():
@@ -300,17 +313,17 @@ class RedisStore(SessionStore):
 
     # Listing ----------------------------------------------------------------------------------------------------------
 
-    def _ids(self, lowest: str, highest: str) -> Iterator[str]:
-        """The ids whose expiry lies within the bounds, a group of shards at a time, the smaller the more they hold."""
-        first, size = 0, 1
-        while first < SHARDS:
+    def _ids(self, query: SessionQuery) -> Iterator[str]:
+        """The ids that may match, by expiry and shard; a group of shards at a time, the smaller the more they hold."""
+        (lowest, highest), shards, size = _bounds(query), shards_of(query), 1
+        while shards:
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
-                for shard in range(first, min(first + size, SHARDS)):
+                for shard in shards[:size]:
                     pipeline.zrangebyscore(self._expiry_key(f"{shard:03x}"), lowest, highest)
                 answers = pipeline.execute()
             for ids in answers:
-                yield from _ids_in(ids)
-            first += size
+                yield from in_order(_ids_in(ids), query)
+            shards = shards[size:]
             fitting = size * _IDS_AT_ONCE // (sum(map(len, answers)) or 1)
             size = max(1, min(fitting, 8 * size, _SHARDS_AT_ONCE))
 
@@ -331,10 +344,33 @@ class RedisStore(SessionStore):
             except SerializationError as error:
                 log_unreadable(session_id.decode("ascii", "replace"), error)
 
-    def _records(self, ids: Iterable[str], index_of: Callable[[str], str] | None) -> Iterator[SessionRecord]:
-        """The records of *ids*, which were found in the index that *index_of* names, if in any."""
-        ids = iter(ids)
-        while page := list(islice(ids, _PAGE)):
+    def _page_of_user(self, index: str, query: SessionQuery) -> list[SessionRecord] | None:
+        """What *query* finds, if the server can tell: the data of a user's other sessions need not be sent for a page."""
+        order, limit = (query.order_by or "").removeprefix("-"), query.limit
+        judged = replace(SessionQuery(now=query.now), **{name: getattr(query, name) for name in _JUDGED_BY_SERVER})
+        if query != judged or query.state != "active" or order not in _DISTANCES or not limit:
+            return None
+        value, session_id = query.after or ("", "")
+        tenant = "" if query.tenant_id is None else f":{query.tenant_id}"
+        bounds = (repr(query.now), _DISTANCES[order], "-" if query.descending else "", query.offset, limit)
+        with self._errors():
+            found = self._run(_PAGE_OF_USER, (1, index, *bounds, value and repr(float(value)), session_id, tenant))
+        try:
+            page = list(filter(None, map(_record, found or ())))
+        except SerializationError:
+            return None  # the long way leaves it out and fills the page
+        return None if found is None or not all(map(query.matches, page)) else page
+
+    def _records(
+        self, ids: Iterable[str], index_of: Callable[[str], str] | None, fewest: int = _PAGE
+    ) -> Iterator[SessionRecord]:
+        """The records of *ids*, which were found in the index that *index_of* names, if in any.
+
+        :param fewest: how many are read at first; more and more, if that was not enough.
+        """
+        ids, size = iter(ids), min(fewest, _PAGE)
+        while page := list(islice(ids, size)):
+            size = min(2 * size, _PAGE)
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
                 for session_id in page:
                     pipeline.hmget(self._key(session_id), "record", "version")
@@ -616,6 +652,54 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   end
 end
 return open
+""")
+
+# KEYS: the index of a user. ARGV: now, the ordering field as its distance from the version in a packed record, "-" for
+# descending, offset, limit, value and id of the last one before or nothing, tenant behind a colon or nothing. Answers the
+# active sessions of that page, or nothing if one cannot be judged: a record is read from its end, where the times stand
+# before two times nothing (it has not ended) and the version, whose length follows from its value.
+_PAGE_OF_USER = _Script("""
+local now, distance, descending = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '-'
+local shard = KEYS[1]:match('^(.-{%x%x%x}):u:')
+local function precedes(one, other)
+  if descending then one, other = other, one end
+  if one[1] ~= other[1] then return one[1] < other[1] end
+  return one[2] < other[2]
+end
+local function is_active(facts)
+  local expires_at, _, _, has_ended, owner = struct.unpack('<ddI4BHc0', facts)
+  local _, rest = struct.unpack('<Hc0', owner)
+  return has_ended ~= 1 and expires_at > now and (ARGV[8] == '' or owner:sub(rest) == ARGV[8])
+end
+local function value_in(record, version)
+  local number, length = tonumber(version), 1
+  if number >= 4294967296 then length = 9
+  elseif number >= 65536 then length = 5
+  elseif number >= 256 then length = 3
+  elseif number >= 128 then length = 2 end
+  local start = #record - length + 1 - distance
+  assert(record:byte(start) == 203 and record:sub(-length - 2, -length - 1) == '\\192\\192')
+  return struct.unpack('>d', record, start + 1)
+end
+local function active()
+  local found, last = {}, ARGV[7] ~= '' and {tonumber(ARGV[6]), ARGV[7]}
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    if is_active(redis.call('HGET', shard .. ':facts', id)) then
+      local stored = redis.call('HMGET', shard .. ':s:' .. id, 'record', 'version')
+      local item = {value_in(stored[1], stored[2]), id, stored}
+      if not last or precedes(last, item) then found[#found + 1] = item end
+    end
+  end
+  table.sort(found, precedes)
+  return found
+end
+local intact, found = pcall(active)
+if not intact then return false end
+local page = {}
+for number = ARGV[4] + 1, math.min(ARGV[4] + ARGV[5], #found) do
+  page[#page + 1] = found[number][3]
+end
+return page
 """)
 
 # KEYS: lease. ARGV: holder, milliseconds.

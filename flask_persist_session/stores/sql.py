@@ -366,21 +366,27 @@ class SQLStore(SessionStore):
         elif query.state is not None:
             live = model.expires_at > query.now
             conditions += [model.ended_at.is_null(), live if query.state == "active" else ~live]
+        if query.after is not None and query.order_by is not None:
+            keys = self._keys(query.order_by)
+            value, session_id = query.after
+            conditions.append(_beyond(keys, [session_id] if query.by_id else [float(value), session_id], query.descending))
         return conditions
+
+    def _keys(self, order_by: str) -> list[Any]:
+        name, model = order_by.removeprefix("-"), self._model
+        return [model.id] if name == "id" else [getattr(model, name), model.id]
 
     def _in_parts(self, query: SessionQuery, ids: list[str]) -> Iterator[SessionRecord]:
         """What *query* finds, unordered and uncut; a database takes only so many parameters at once."""
         for start in range(0, len(ids), _PAGE):
             part = frozenset(ids[start : start + _PAGE])
-            yield from self.find(replace(query, ids=part, order_by=None, offset=0, limit=None))
+            yield from self.find(replace(query.uncut(), ids=part))
 
     def _pages(self, query: SessionQuery, offset: int, limit: int | None) -> Iterator[SessionRecord]:
         """The rows page by page, each starting after the last one, so that no cursor and no snapshot is held open."""
-        descending = (query.order_by or "").startswith("-")
         # Without a wish, the order of the index that serves the condition.
-        order = (query.order_by or ("id" if query.expires_before is None else "expires_at")).removeprefix("-")
-        first, model = getattr(self._model, order), self._model
-        keys = [first, model.id] if order != "id" else [model.id]
+        keys = self._keys(query.order_by or ("id" if query.expires_before is None else "expires_at"))
+        model, descending = self._model, query.descending
         rows = model.select(*(getattr(model, name) for name in _COLUMNS)).where(*self._conditions(query))
         rows = rows.order_by(*(key.desc() if descending else key for key in keys))
         after: list[Any] | None = None
@@ -388,8 +394,7 @@ class SQLStore(SessionStore):
             size = _PAGE if limit is None else min(_PAGE, limit)
             page = rows.limit(size).offset(offset if after is None else 0)
             if after is not None:
-                here, there = pw.Tuple(*keys), pw.Tuple(*after)
-                page = page.where(here < there if descending else here > there)
+                page = page.where(_beyond(keys, after, descending))
             with self._using() as database, translated:
                 # Not through the rows of peewee, which take as long as making the records does.
                 found = database.execute_sql(*page.bind(database).sql()).fetchall()  # type: ignore[no-untyped-call]
@@ -595,6 +600,12 @@ def _record(row: Sequence[Any]) -> SessionRecord:
 
 def _named_record(values: dict[str, Any]) -> SessionRecord:
     return _record([values[name] for name in _COLUMNS])
+
+
+def _beyond(keys: Sequence[Any], values: Sequence[Any], descending: bool) -> Any:
+    """That a row comes later in the order of *keys* than one with *values*."""
+    here, there = pw.Tuple(*keys), pw.Tuple(*values)
+    return here < there if descending else here > there
 
 
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
