@@ -324,7 +324,8 @@ class Lifecycle:
     def _current(self, record: SessionRecord) -> StoredSession | None:
         """The session of *record* as it is now, if it is still active; otherwise say that a change is discarded.
 
-        Another one that goes by the same key by now is not it, and began later. Whoever asks has met a conflict and paused: between this look and the next try there is no time to lose.
+        Another one that goes by the same key by now is not it, and began later. Whoever asks has met a conflict and paused:
+        between this look and the next try there is no time to lose.
         """
         current = self.load(record.id)
         if current is not None and current.state == "active" and current.created_at == record.created_at:

@@ -151,17 +151,20 @@ def test_many_threads_get_one_session(chats: SessionManager) -> None:
 
 
 def _resume(url: str, barrier: Barrier, rounds: int, outcome: object) -> None:
-    chats = chats_on(open_store(url))
+    store = open_store(url)
+    chats = chats_on(store)
     for number in range(rounds):
         barrier.wait()
         session = chats.resume_or_create(key=f"k{number}", user_id="ada")
         outcome.put((number, session.id, session.new))  # type: ignore[attr-defined]
+    store.close()
 
 
 def test_many_processes_get_one_session(shared_url: str) -> None:
     """The same holds among processes, for a name that is free and for one whose session has ended."""
     rounds, workers = 6, 4
-    chats = chats_on(open_store(shared_url))
+    store = open_store(shared_url)
+    chats = chats_on(store)
     for number in range(0, rounds, 2):
         chats.end(chats.create({"old": True}, key=f"k{number}", user_id="ada").id)
     barrier, outcome = PROCESSES.Barrier(workers), PROCESSES.Queue()
@@ -176,3 +179,4 @@ def test_many_processes_get_one_session(shared_url: str) -> None:
         assert len({session_id for session_id, _ in mine}) == 1
         assert sum(new for _, new in mine) == 1
     assert len([record for record in chats.find(user_id="ada") if record.ended_at is not None]) == rounds // 2
+    store.close()

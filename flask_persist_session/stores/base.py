@@ -194,6 +194,15 @@ class SessionStore(ABC):
         """Delete each on its own, as ``delete`` does; the answer says of each whether it was removed."""
         return [self.delete(deletion.id, expected=deletion.expected) for deletion in deletions]
 
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        """Make all changes or none of them, whatever happens in the middle.
+
+        Raises ``SessionConflict`` naming a session that has another version than expected, ``ValueError`` if the same one
+        is changed twice or ``check_save`` refuses one, ``UnsupportedByStore``, with the reason, ``StoreUnavailable``,
+        ``StoreError``. Nothing was changed then.
+        """
+        raise UnsupportedByStore(f"{type(self).__name__} cannot change several sessions in one step")
+
     def lease(self, name: str, seconds: float) -> bool:
         """Take or prolong the lease *name* for so many seconds; say whether this store object holds it now.
 
@@ -261,9 +270,9 @@ class SessionStore(ABC):
         return iter(())
 
     def close(self) -> None:
-        """Give back what the calling thread holds open; what other threads hold is given back when they end.
+        """Give back what the calling thread holds open, for other namespaces too.
 
-        Using the store again opens it anew; closing twice is fine.
+        What other threads hold is given back when they end. Using the store again opens it anew; closing twice is fine.
         """
 
 

@@ -91,6 +91,7 @@ class SQLStore(SessionStore):
         self._patience = patience
         self._name = name
         self._namespace = namespace
+        self._family = {namespace: self}
         self._holder = secrets.token_hex(16)
         self._open_database()
         before_fork(self._close_idle)
@@ -246,9 +247,11 @@ class SQLStore(SessionStore):
 
     def namespace(self, name: str) -> SQLStore:
         check_namespace(name)
-        if name == self._namespace:
-            return self
-        return SQLStore(self._connect, name, name=self._name, patience=self._patience)
+        if name not in self._family:
+            store = SQLStore(self._connect, name, name=self._name, patience=self._patience)
+            store._family = self._family
+            return self._family.setdefault(name, store)
+        return self._family[name]
 
     @property
     def history(self) -> SQLHistory:
@@ -300,6 +303,10 @@ class SQLStore(SessionStore):
         return f"{self._namespace}:note {name}"
 
     def close(self) -> None:
+        for store in self._family.values():
+            store._close()
+
+    def _close(self) -> None:
         # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
         try:
             if not self._database.is_closed():
@@ -417,7 +424,7 @@ class SQLStore(SessionStore):
         # what the parent holds: then somebody may remove the log that the child goes on writing to. Threads other than
         # the forking one keep theirs; fork before starting threads.
         if not self._database.is_closed() and not self._database.in_transaction():
-            self.close()
+            self._close()
 
     def _leave_to_parent(self) -> None:
         inherited.append(self._database)
