@@ -140,7 +140,9 @@ class Creating(Lifecycle):
         while True:
             draft.record = self._free(draft.record)
             with suppress(SessionConflict):
-                return self._put(draft)
+                # Not as what nobody else saves just so: another process may do that at the same moment, and is not new.
+                self.store.save(draft.record, expected=0)
+                return draft
             retry.pause()
 
     def _free(self, new: SessionRecord) -> SessionRecord:

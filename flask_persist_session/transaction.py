@@ -79,13 +79,13 @@ class Transacting(Editing):
             self._store_cap.admit()
         edited = [(session, changed) for session, changed in self._edited(run) if changed.version > session.version]
         ended = [session for session_id, session in run.sessions.items() if session_id in run.reasons]
-        self.store.transaction(
-            [
-                *(Change(record=changed, expected=session.version) for session, changed in edited),
-                *(self._ending(session, run.reasons[session.id]) for session in ended),
-                *(Change(record=session.record, expected=0) for session in run.created),
-            ]
-        )
+        changes = [
+            *(Change(record=changed, expected=session.version) for session, changed in edited),
+            *(self._ending(session, run.reasons[session.id]) for session in ended),
+            *(Change(record=session.record, expected=0) for session in run.created),
+        ]
+        if changes:
+            self.store.transaction(changes)
         for session, changed in edited:
             session.replace_record(changed)
             self._announcer.saved(changed)
