@@ -10,6 +10,8 @@ Layout below the root, directories 0700 and files 0600::
     web/                            the namespace
         3fa/                        the shard
             3fa09c….session         a session
+            3fa09c….history         its history, if it has one
+            3fa09c….turns           where each turn of the history is
             users/5e88…/3fa09c…     its entry in the index of its user: an empty file
         leases/sweep                a lease
         notes/cleanup               a note
@@ -33,6 +35,7 @@ from ..serializers import pack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
 from .base import SessionStore, check_save, conflict, ignore, lease_holder, log_unreadable, moment_in, order_and_cut
+from .file_history import FileHistory, remove_history
 from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
     NO_FILE,
@@ -90,6 +93,7 @@ class FileStore(SessionStore):
         self._folder = os.path.join(root, namespace)
         self._fsync = fsync
         self._timeout = timeout
+        self._history = FileHistory(self._path, timeout, sync=fsync)
         self._holder = secrets.token_hex(16)
         try:
             make_directory(self._folder)
@@ -143,6 +147,8 @@ class FileStore(SessionStore):
                 last = None if handle == NO_FILE else last_frame(handle, size)
                 if handle == NO_FILE or expected not in (None, last and last.version):
                     return False
+                # First, so that a crash leaves no history without a session, which another one of that id would inherit.
+                remove_history(path)
                 os.unlink(path)
                 with suppress(FileNotFoundError):
                     os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
@@ -197,6 +203,10 @@ class FileStore(SessionStore):
         except OSError as error:
             raise failure(error) from error
 
+    @property
+    def history(self) -> FileHistory:
+        return self._history
+
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()
 
@@ -233,6 +243,7 @@ class FileStore(SessionStore):
         """Write the frame of *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
         try:
             if end == 0:
+                remove_history(path)  # of a session of that id that somebody removed without it
                 self._index(record)
             if record.ended_at is not None:
                 # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.
