@@ -10,6 +10,8 @@ Layout below the root, directories 0700 and files 0600::
     web/                            the namespace
         3fa/                        the shard
             3fa09c….session         a session
+            3fa09c….history         its history, if it has one
+            3fa09c….turns           where each turn of the history is
             users/5e88…/3fa09c…     its entry in the index of its user: an empty file
         leases/sweep                a lease
         notes/cleanup               a note
@@ -46,6 +48,7 @@ from .base import (
     order_and_cut,
     shards_of,
 )
+from .file_history import FileHistory, remove_history
 from .file_upkeep import SUFFIX, FileCheck, compact
 from .frames import (
     NO_FILE,
@@ -105,6 +108,7 @@ class FileStore(SessionStore):
         self._folder = os.path.join(root, namespace)
         self._fsync = fsync
         self._timeout = timeout
+        self._history = FileHistory(self._path, timeout, sync=fsync)
         self._holder = secrets.token_hex(16)
         try:
             make_directory(self._folder)
@@ -158,6 +162,8 @@ class FileStore(SessionStore):
                 last = None if handle == NO_FILE else last_frame(handle, size)
                 if handle == NO_FILE or expected not in (None, last and last.version):
                     return False
+                # First, so that a crash leaves no history without a session, which another one of that id would inherit.
+                remove_history(path)
                 os.unlink(path)
                 with suppress(FileNotFoundError):
                     os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
@@ -221,6 +227,10 @@ class FileStore(SessionStore):
             return self
         return FileStore(self._root, name, fsync=self._fsync, timeout=self._timeout)
 
+    @property
+    def history(self) -> FileHistory:
+        return self._history
+
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()
 
@@ -257,6 +267,7 @@ class FileStore(SessionStore):
         """Write the frame of *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
         try:
             if end == 0:
+                remove_history(path)  # of a session of that id that somebody removed without it
                 self._index(record)
             if record.ended_at is not None:
                 # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.

@@ -21,6 +21,7 @@ from ..exceptions import SerializationError
 from ..records import Finding, Improvement, SessionRecord, is_session_id
 from ..tokens import SHARDS
 from . import make_directory
+from .file_history import HISTORY, TURNS
 from .frames import (
     NO_FILE,
     SAFELY,
@@ -106,6 +107,8 @@ class FileCheck:
                 yield from self._session(entry.path, name, users)
             elif is_session_id(entry.name.removesuffix(f"{SUFFIX}.tmp")):
                 yield from self._temporary(entry.path)
+            elif _is_of_history(entry.name, shard):
+                yield from self._history(entry.path)
             elif not (entry.name == "users" and entry.is_dir(follow_symlinks=False)):
                 yield _foreign(entry.path)
         yield from self._index(os.path.join(folder, "users"), users)
@@ -201,6 +204,13 @@ class FileCheck:
             yield from self._under_lock(session, lambda *_: self._leftover(path, _REWRITE))
         else:
             self._look_again(partial(self._lonely, path, session, _REWRITE))
+
+    def _history(self, path: str) -> Iterator[Finding]:
+        """A file of a history, which is left over if its session has no file."""
+        yield from self._mode(path, 0o600)
+        session = path.rpartition(".")[0] + SUFFIX
+        if not os.path.lexists(session):
+            self._look_again(partial(self._lonely, path, session, "a part of the history of a session that is gone"))
 
     # The index of users -----------------------------------------------------------------------------------------------
 
@@ -382,6 +392,11 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 def _is_shard(entry: os.DirEntry[str]) -> bool:
     return bool(re.fullmatch(r"[0-3][0-9a-f]{2}", entry.name, re.ASCII)) and entry.is_dir(follow_symlinks=False)
+
+
+def _is_of_history(name: str, shard: str) -> bool:
+    session_id, dot, kind = name.rpartition(".")
+    return is_session_id(session_id) and session_id[:3] == shard and dot + kind in (HISTORY, TURNS)
 
 
 def _is_session(entry: os.DirEntry[str]) -> bool:

@@ -1,18 +1,21 @@
 """A store that takes over the sessions of another one while both are in use.
 
 Whatever is asked for and missing in the new store is looked for in the old one and moved over; everything is written to
-the new one. A session keeps its id and version when it moves, so a request that loaded it before saves it afterwards.
+the new one. A session keeps its id and version when it moves, so a request that loaded it before saves it afterwards. Its
+history moves with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 
-from ..exceptions import SessionConflict
-from ..records import Finding, Improvement, SessionQuery, SessionRecord
+from ..exceptions import SessionConflict, SessionNotFound, UnsupportedByStore
+from ..records import Finding, Improvement, LogEntry, SessionQuery, SessionRecord
 from .base import SessionStore, conflict, ignore, order_and_cut
+from .history import HistoryLog, copy_history
 
 
 class MigratingStore(SessionStore):
@@ -38,6 +41,7 @@ class MigratingStore(SessionStore):
                 self.store.save(record, expected=expected)
             except SessionConflict:
                 break  # somebody else was faster
+            self.move_history(session_id)
             if self.old.delete(session_id, expected=record.version):
                 return record
             # A process that knows only the old store has changed it meanwhile.
@@ -45,6 +49,25 @@ class MigratingStore(SessionStore):
             record = record and replace(record, version=expected + 1)
         # Whoever was faster has put it here, perhaps since it was found missing.
         return self.store.get(session_id)
+
+    def move_history(self, session_id: str) -> None:
+        """Bring over what the old store has of the history of a session that is in the new one.
+
+        Raises ``UnsupportedByStore`` if the new store keeps none, so that nothing is lost.
+        """
+        try:
+            old = self.old.history
+        except UnsupportedByStore:
+            return
+        while last := old.count(session_id):
+            copy_history(old, self.store.history, session_id)
+            # Unless a process that knows only the old store has appended to it meanwhile.
+            if old.count(session_id) == last:
+                old.delete(session_id)
+
+    @property
+    def history(self) -> HistoryLog:
+        return _MigratingHistory(self)
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         if expected == 0 and self.old.get(record.id) is not None:
@@ -109,3 +132,59 @@ class MigratingStore(SessionStore):
                 seen.add(record.id)
                 yield record
         yield from (record for record in self.store.find(query) if record.id not in seen)
+
+
+class _MigratingHistory(HistoryLog):
+    """The histories of the new store, to which those of the old one are moved when they are first used.
+
+    Two stores have no step in common: what a process appends that knows only the old store, while another one moves the
+    session, can be lost.
+    """
+
+    def __init__(self, stores: MigratingStore) -> None:
+        self._stores = stores
+        self._log = stores.store.history
+
+    def append(
+        self,
+        session_id: str,
+        entries: Sequence[bytes],
+        *,
+        created_at: float,
+        expected_seq: int | None = None,
+        key: str | None = None,
+        most: int | None = None,
+    ) -> int:
+        self._move(session_id)
+        return self._log.append(session_id, entries, created_at=created_at, expected_seq=expected_seq, key=key, most=most)
+
+    def read(
+        self,
+        session_id: str,
+        *,
+        after: int = 0,
+        before: int | None = None,
+        limit: int | None = None,
+        newest: bool = False,
+    ) -> list[LogEntry]:
+        self._move(session_id)
+        return self._log.read(session_id, after=after, before=before, limit=limit, newest=newest)
+
+    def count(self, session_id: str) -> int:
+        self._move(session_id)
+        return self._log.count(session_id)
+
+    def delete(self, session_id: str) -> bool:
+        self._move(session_id)
+        return self._log.delete(session_id)
+
+    def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
+        self._move(session_id)
+        return self._log.restore(session_id, entries)
+
+    def _move(self, session_id: str) -> None:
+        """Move the session if it is in the old store only, and what is left there of its history."""
+        if self._stores.old.get(session_id) is not None:
+            self._stores.move(session_id)
+            with suppress(SessionNotFound):  # deleted meanwhile
+                self._stores.move_history(session_id)

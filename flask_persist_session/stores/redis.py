@@ -8,6 +8,7 @@ the four together. The shard is the hash tag, so on a cluster they share a slot:
     persist:web:{3fa}:expiry       session ids by expires_at
     persist:web:{3fa}:facts        hash: session id to its facts
     persist:web:{3fa}:u:…          session ids of one user by created_at
+    persist:web:{3fa}:h:…, :hk:…   the history of a session; see redis_history
     persist:web:lease:sweep        a lease
     persist:web:note:cleanup       a note
 
@@ -24,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 from urllib.parse import SplitResult, urlunsplit
@@ -57,6 +59,7 @@ from .base import (
     shards_of,
     that_of,
 )
+from .redis_history import PROLONG, REMOVE, RedisHistory
 from .redis_upkeep import RedisCheck
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
@@ -270,6 +273,10 @@ class RedisStore(SessionStore):
         if name == self._namespace:
             return self
         return RedisStore(self._shared_client, name, prefix=self._prefix_of_all, name=self._name)
+
+    @cached_property
+    def history(self) -> RedisHistory:
+        return RedisHistory(lambda: self._client, _Script, self._run, self._errors, self._key)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return RedisCheck(_Checked(self), self._prefix, repair=repair, seen=seen).run()
@@ -518,7 +525,7 @@ class _Script:
 
 # KEYS: session. ARGV: new version, record, facts, time to live in milliseconds. Most saves leave the expiry as it is, and
 # then no index is touched; the facts are the same too as long as the data keeps its size.
-_SAVE = _Script("""
+_SAVE = _Script(f"""
 local stored = redis.pcall('HMGET', KEYS[1], 'version', 'facts')
 if stored.err or stored[1] ~= tostring(ARGV[1] - 1) then
   return 0
@@ -534,8 +541,11 @@ if stored[2] and stored[2]:sub(1, 8) == ARGV[3]:sub(1, 8) then
   return 1
 end
 local expires_at, created_at, _, _, _, user = struct.unpack('<ddI4BHHc0', ARGV[3])
-local indexes = {shard .. ':expiry', shard .. ':facts'}
+local indexes = {{shard .. ':expiry', shard .. ':facts'}}
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+if stored[1] then{PROLONG}else
+  {REMOVE}
+end
 redis.call('ZADD', indexes[1], string.format('%.17g', expires_at), id)
 if user ~= '' then
   indexes[3] = shard .. ':u' .. user
@@ -553,7 +563,7 @@ return 1
 _CREATE = _Script(_SAVE.text.replace("stored[1] ~= tostring(ARGV[1] - 1)", "stored[1]", 1))
 
 # Takes a session out of everything but its own key; its user is known to the facts alone.
-_FORGET = """
+_FORGET = f"""
 local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
 local facts = redis.call('HGET', shard .. ':facts', id) or ''
 local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts)
@@ -562,6 +572,7 @@ if intact then
 end
 redis.call('HDEL', shard .. ':facts', id)
 redis.call('ZREM', shard .. ':expiry', id)
+{REMOVE}
 """
 
 # KEYS: session. ARGV: expected version or nothing.

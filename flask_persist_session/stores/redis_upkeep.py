@@ -131,6 +131,19 @@ return there and is_stray(ARGV[2]) and 1 or 0
 """
 
 
+# KEYS: a part of a history. ARGV: 1 to remove it. Answers whether its session is gone.
+HISTORY = """
+local shard, id = KEYS[1]:match('^(.-{%x%x%x}):hk?:(.*)$')
+if redis.call('EXISTS', shard .. ':s:' .. id) == 1 or redis.call('EXISTS', KEYS[1]) == 0 then
+  return 0
+end
+if ARGV[1] == '1' then
+  redis.call('UNLINK', KEYS[1])
+end
+return 1
+"""
+
+
 class Server(Protocol):
     """What a check needs of the store."""
 
@@ -159,7 +172,8 @@ class RedisCheck:
     def __init__(self, server: Server, prefix: str, *, repair: bool, seen: Callable[[SessionRecord], object]) -> None:
         self._server = server
         self._key = re.compile(
-            re.escape(prefix) + r":(?:\{([0-3][0-9a-f]{2})\}:(s:|u:|expiry$|facts$|damaged:)|lease:|note:)(.*)", re.DOTALL
+            re.escape(prefix) + r":(?:\{([0-3][0-9a-f]{2})\}:(s:|h:|hk:|u:|expiry$|facts$|damaged:)|lease:|note:)(.*)",
+            re.DOTALL,
         )
         self._repair = repair
         self._seen = seen
@@ -168,18 +182,22 @@ class RedisCheck:
         keys = self._server.keys(_KEYS_AT_ONCE)
         while page := list(islice(keys, _PAGE)):
             sessions: list[str] = []
+            histories: list[str] = []
             indexes: list[str] = []
             for key in page:
                 match = self._key.fullmatch(key)
                 shard, kind, rest = match.groups() if match else (None, None, "")
-                if match is None or (kind == "s:" and not (is_session_id(rest) and rest[:3] == shard)):
+                if match is None or (kind in ("s:", "h:", "hk:") and not (is_session_id(rest) and rest[:3] == shard)):
                     yield Finding(kind="foreign", where=key, text="no store has put it there; it stays")
                 elif kind == "s:":
                     sessions.append(key)
+                elif kind in ("h:", "hk:"):
+                    histories.append(key)
                 elif kind in ("u:", "expiry", "facts"):
                     indexes.append(key)
             yield from self._indexes(indexes)
             yield from self._sessions(sessions)
+            yield from self._histories(histories)
 
     # Sessions ---------------------------------------------------------------------------------------------------------
 
@@ -217,6 +235,16 @@ class RedisCheck:
         if repaired or not self._repair:  # else it has changed meanwhile, and made its entries itself
             text = f"not in step with the session: {', '.join(wrong)}; listings, statistics and cleanups may leave it out"
             yield Finding(kind="index", where=record.id, text=text, repaired=repaired)
+
+    # Histories --------------------------------------------------------------------------------------------------------
+
+    def _histories(self, keys: list[str]) -> Iterator[Finding]:
+        """Those whose session is gone."""
+        calls = [(key, int(self._repair)) for key in keys]
+        for key, stray in zip(keys, self._server.evaluate(HISTORY, calls), strict=True):
+            if stray == 1:
+                text = "a part of the history of a session that is gone"
+                yield Finding(kind="leftover", where=key, text=text, repaired=self._repair)
 
     # Indexes ----------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -98,7 +99,6 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
-        self._history = SQLHistory(self._using, self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -253,9 +253,10 @@ class SQLStore(SessionStore):
             return self._family.setdefault(name, store)
         return self._family[name]
 
-    @property
+    @cached_property
     def history(self) -> SQLHistory:
-        return self._history
+        of_sqlite = isinstance(self._database, pw.SqliteDatabase)
+        return SQLHistory(self._using, self._model._meta.table_name, self._namespace, of_sqlite=of_sqlite)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         try:
@@ -264,6 +265,7 @@ class SQLStore(SessionStore):
                 check = SQLCheck(database, self._model, repair=repair, seen=seen, read=_named_record)
                 with translated:
                     yield from check.run()
+            yield from self._stray_histories(repair)
         except pw.PeeweeException as error:
             if not isinstance(error, pw.DatabaseError) or _will_pass(error):
                 raise self._failure(error) from error
@@ -271,6 +273,11 @@ class SQLStore(SessionStore):
             yield Finding(kind="database", where=self._name, text=text)
         except _WrongSchema as error:
             yield Finding(kind="schema", where=self._name, text=str(error))
+
+    def _stray_histories(self, repair: bool) -> Iterator[Finding]:
+        for session_id in self.history.strays(repair=repair):
+            text = "there is a history, but no session of that id"
+            yield Finding(kind="leftover", where=session_id, text=text, repaired=repair)
 
     def optimize(self, *, full: bool = False) -> Iterator[Improvement]:
         with self._using(), self._unhurried() as database, translated:
