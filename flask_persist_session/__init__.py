@@ -7,6 +7,7 @@ from .cleanup import CleanupReport
 from .exceptions import (
     BackupError,
     ConfigError,
+    HistoryConflict,
     PersistSessionError,
     SerializationError,
     SessionConflict,
@@ -18,10 +19,11 @@ from .exceptions import (
     UnsupportedByStore,
 )
 from .extension import PersistSession
+from .history import History
 from .lookup import SessionDetails
 from .manager import SessionManager
 from .monthly_archive import ArchivedSession, MonthlyArchive
-from .records import Change, Deletion, Finding, Improvement, LogEntry, SessionQuery, SessionRecord, StoreStats
+from .records import Change, Deletion, Finding, HistoryEntry, Improvement, LogEntry, SessionQuery, SessionRecord, StoreStats
 from .session import Session
 from .signals import (
     BackupCreated,
@@ -55,6 +57,7 @@ from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
 from .stores.history import HistoryLog
+from .transaction import Transaction
 from .upgrade import ImportReport
 from .upkeep import CheckReport, Health
 
@@ -70,6 +73,9 @@ __all__ = [
     "Deletion",
     "Finding",
     "Health",
+    "History",
+    "HistoryConflict",
+    "HistoryEntry",
     "HistoryLog",
     "ImportReport",
     "Improvement",
@@ -105,6 +111,7 @@ __all__ = [
     "StoreStats",
     "StoreUnavailable",
     "StoredSession",
+    "Transaction",
     "UnsupportedByStore",
     "backup_created",
     "open_store",

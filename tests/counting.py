@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from flask_persist_session import SessionStore
+from flask_persist_session import HistoryLog, SessionStore
 
 
 def _counted(name: str) -> Callable[..., Any]:
@@ -37,8 +37,16 @@ class CountingStore(SessionStore):
     lease = _counted("lease")
     note = _counted("note")
     noted = _counted("noted")
+    transaction = _counted("transaction")
     check = _counted("check")
     optimize = _counted("optimize")
+
+    @property
+    def history(self) -> HistoryLog:
+        return self.store.history
+
+    def namespace(self, name: str) -> CountingStore:
+        return CountingStore(self.store.namespace(name))
 
     def close(self) -> None:
         self.store.close()
