@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from flask_persist_session import SessionStore
+from flask_persist_session import HistoryLog, SessionStore
 
 
 def _counted(name: str) -> Callable[..., Any]:
@@ -39,6 +39,10 @@ class CountingStore(SessionStore):
     noted = _counted("noted")
     check = _counted("check")
     optimize = _counted("optimize")
+
+    @property
+    def history(self) -> HistoryLog:
+        return self.store.history
 
     def close(self) -> None:
         self.store.close()

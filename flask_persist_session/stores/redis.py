@@ -24,7 +24,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import islice
 from typing import Any
 from urllib.parse import SplitResult, urlunsplit
@@ -54,7 +53,7 @@ from .base import (
     per_tag,
     that_of,
 )
-from .redis_history import PROLONG, REMOVE, RedisHistory
+from .redis_history import PROLONG, REMOVE, SCRIPTS, RedisHistory
 from .redis_upkeep import RedisCheck
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
@@ -252,9 +251,10 @@ class RedisStore(SessionStore):
             milliseconds = max(0, round(seconds * 1000))
             return bool(self._run(_LEASE, (1, f"{self._prefix}:lease:{name}", holder, milliseconds)))
 
-    @cached_property
+    @property
     def history(self) -> RedisHistory:
-        return RedisHistory(lambda: self._client, _Script, self._run, self._errors, self._key)
+        # Not kept: a store that is part of a circle is not closed by its last user letting go of it.
+        return RedisHistory(lambda: self._client, self._run, _HISTORY_SCRIPTS, self._errors, self._key)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return RedisCheck(_Checked(self), self._prefix, repair=repair, seen=seen).run()
@@ -633,6 +633,8 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)
+
+_HISTORY_SCRIPTS = tuple(map(_Script, SCRIPTS))
 
 
 _FACTS = struct.Struct("<ddIBHH")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -48,7 +47,7 @@ from .base import (
     that_of,
 )
 from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
-from .sql_history import TABLES_LOCK, SQLHistory
+from .sql_history import TABLES_LOCK, HistoryTable, SQLHistory
 from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
@@ -97,6 +96,7 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
+        self._histories = HistoryTable(self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -243,10 +243,10 @@ class SQLStore(SessionStore):
             row = leases.insert(name=key, holder=holder, until=now + seconds).on_conflict_ignore()
             return bool(row.as_rowcount().execute(database)) and seconds > 0
 
-    @cached_property
+    @property
     def history(self) -> SQLHistory:
-        of_sqlite = isinstance(self._database, pw.SqliteDatabase)
-        return SQLHistory(self._using, self._model._meta.table_name, self._namespace, of_sqlite=of_sqlite)
+        # Not kept: a store that is part of a circle is not closed by its last user letting go of it.
+        return SQLHistory(self._using, self._histories)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         try:
