@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from .exceptions import UnsupportedByStore
 from .history import History
 from .lifecycle import WEB
 from .lookup import SessionDetails
-from .records import SessionQuery, SessionRecord, State, StoreStats, place_of
+from .records import SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
 from .transaction import Transacting
 
@@ -117,11 +118,10 @@ class SessionManager(Adopting, Revoking, Transacting):
             expires_before=expires_before,
             text=text,
             order_by=order_by,
-            after=None if after is None or order_by is None else place_of(after, order_by),
             limit=None if judged_here else limit,
             offset=0 if judged_here else offset,
         )
-        found = self.store.find(query)
+        found = self.store.find(query if after is None else replace(query, after=query.position(after)))
         if not judged_here:
             return found
         matching = (record for record in found if self._matches(record, active, has_history))

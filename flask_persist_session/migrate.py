@@ -1,4 +1,7 @@
-"""Brings all sessions of one store into another while the application goes on: copies them, or moves the rest over."""
+"""Brings all sessions of one store, with their histories, into another while the application goes on.
+
+It copies them, or moves over what is left.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from .exceptions import SessionConflict
+from .exceptions import SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
+from .stores.history import copy_history
 from .stores.migrating import MigratingStore
 
 _BATCH = 200
@@ -81,9 +85,24 @@ class Migration:
             saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
+                self._copy_history(record.id)
             if not again:
                 self._counts["expired"] += len(batch) - len(wanted)
                 self._progress(len(batch))
+
+    def _copy_history(self, session_id: str) -> None:
+        """Copy what the target is missing of a history. Raises ``UnsupportedByStore`` if it keeps none."""
+        try:
+            source = self._source.history
+        except UnsupportedByStore:
+            return
+        if not source.count(session_id):
+            return
+        target = self._target.history
+        for last in target.read(session_id, limit=1, newest=True):
+            if source.read(session_id, after=last.seq - 1, limit=1) != [last]:
+                return  # it goes on there in another way
+        copy_history(source, target, session_id)
 
     def _note(self, record: SessionRecord, outcome: str, again: bool) -> None:
         if again and outcome == "present":

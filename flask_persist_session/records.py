@@ -189,11 +189,6 @@ class SessionQuery:
         return bool(position < after if self.descending else position > after)
 
 
-def place_of(record: SessionRecord, order_by: str) -> tuple[float | str, str]:
-    """Where *record* stands in an order; what ``SessionQuery.after`` takes."""
-    return getattr(record, order_by.removeprefix("-")), record.id
-
-
 def _within(moment: float, after: float | None, before: float | None) -> bool:
     return (after is None or moment >= after) and (before is None or moment < before)
 

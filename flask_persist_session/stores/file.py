@@ -108,7 +108,6 @@ class FileStore(SessionStore):
         self._folder = os.path.join(root, namespace)
         self._fsync = fsync
         self._timeout = timeout
-        self._history = FileHistory(self._path, timeout, sync=fsync)
         self._holder = secrets.token_hex(16)
         try:
             make_directory(self._folder)
@@ -229,7 +228,7 @@ class FileStore(SessionStore):
 
     @property
     def history(self) -> FileHistory:
-        return self._history
+        return FileHistory(self._path, self._timeout, sync=self._fsync)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()

@@ -8,7 +8,6 @@ history moves with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 
@@ -37,9 +36,12 @@ class MigratingStore(SessionStore):
         """Move the session over if it is in the old store only; return it, from whichever store."""
         record, expected = self.old.get(session_id), 0
         while record is not None:
+            if self._old_history_of(session_id):
+                _ = self.store.history  # raises where there is none, before anything is moved
             try:
                 self.store.save(record, expected=expected)
             except SessionConflict:
+                self.move_history(session_id)
                 break  # somebody else was faster
             self.move_history(session_id)
             if self.old.delete(session_id, expected=record.version):
@@ -55,15 +57,21 @@ class MigratingStore(SessionStore):
 
         Raises ``UnsupportedByStore`` if the new store keeps none, so that nothing is lost.
         """
-        try:
-            old = self.old.history
-        except UnsupportedByStore:
-            return
-        while last := old.count(session_id):
-            copy_history(old, self.store.history, session_id)
+        while last := self._old_history_of(session_id):
+            try:
+                copy_history(self.old.history, self.store.history, session_id)
+            except SessionNotFound:
+                return  # deleted meanwhile
             # Unless a process that knows only the old store has appended to it meanwhile.
-            if old.count(session_id) == last:
-                old.delete(session_id)
+            if self._old_history_of(session_id) == last:
+                self.old.history.delete(session_id)
+
+    def _old_history_of(self, session_id: str) -> int:
+        """How many entries the old store has."""
+        try:
+            return self.old.history.count(session_id)
+        except UnsupportedByStore:
+            return 0
 
     @property
     def history(self) -> HistoryLog:
@@ -79,6 +87,7 @@ class MigratingStore(SessionStore):
                 raise
             self.store.save(record, expected=expected)
         if record.ended_at is not None:
+            self.move_history(record.id)
             self.old.delete(record.id)  # a copy that a crash left behind must not come back when this one is cleaned up
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
@@ -186,5 +195,3 @@ class _MigratingHistory(HistoryLog):
         """Move the session if it is in the old store only, and what is left there of its history."""
         if self._stores.old.get(session_id) is not None:
             self._stores.move(session_id)
-            with suppress(SessionNotFound):  # deleted meanwhile
-                self._stores.move_history(session_id)

@@ -25,7 +25,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 from urllib.parse import SplitResult, urlunsplit
@@ -59,7 +58,7 @@ from .base import (
     shards_of,
     that_of,
 )
-from .redis_history import PROLONG, REMOVE, RedisHistory
+from .redis_history import PROLONG, REMOVE, SCRIPTS, RedisHistory
 from .redis_upkeep import RedisCheck
 
 #: How much later than ``expires_at`` a key's own time to live ends, in seconds.
@@ -274,9 +273,10 @@ class RedisStore(SessionStore):
             return self
         return RedisStore(self._shared_client, name, prefix=self._prefix_of_all, name=self._name)
 
-    @cached_property
+    @property
     def history(self) -> RedisHistory:
-        return RedisHistory(lambda: self._client, _Script, self._run, self._errors, self._key)
+        # Not kept: a store that is part of a circle is not closed by its last user letting go of it.
+        return RedisHistory(lambda: self._client, self._run, _HISTORY_SCRIPTS, self._errors, self._key)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return RedisCheck(_Checked(self), self._prefix, repair=repair, seen=seen).run()
@@ -726,6 +726,8 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)
+
+_HISTORY_SCRIPTS = tuple(map(_Script, SCRIPTS))
 
 
 _FACTS = struct.Struct("<ddIBHH")

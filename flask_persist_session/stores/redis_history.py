@@ -123,12 +123,15 @@ return there
 """
 
 
+SCRIPTS = (_APPEND, _RESTORE, _REMOVE)
+
+
 class RedisHistory(HistoryLog):
     """Keeps the entries of a session in a stream.
 
     :param client: returns the client of this thread.
-    :param script: makes what *run* takes of the text of a script.
     :param run: runs a script, given its number of keys, keys and arguments.
+    :param scripts: what *run* takes for each of ``SCRIPTS``.
     :param errors: translates the errors of the driver.
     :param key_of: the key of a session, by id.
     """
@@ -136,8 +139,8 @@ class RedisHistory(HistoryLog):
     def __init__(
         self,
         client: Callable[[], Any],
-        script: Callable[[str], Any],
         run: Callable[[Any, tuple[Any, ...]], Any],
+        scripts: Sequence[Any],
         errors: Callable[[], AbstractContextManager[None]],
         key_of: Callable[[str], str],
     ) -> None:
@@ -145,7 +148,7 @@ class RedisHistory(HistoryLog):
         self._run = run
         self._errors = errors
         self._key_of = key_of
-        self._append, self._restore, self._remove = map(script, (_APPEND, _RESTORE, _REMOVE))
+        self._append, self._restore, self._remove = scripts
 
     def append(
         self,

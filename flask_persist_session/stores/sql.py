@@ -9,10 +9,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -49,7 +49,7 @@ from .base import (
     that_of,
 )
 from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
-from .sql_history import TABLES_LOCK, SQLHistory
+from .sql_history import TABLES_LOCK, HistoryTable, SQLHistory
 from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
@@ -92,13 +92,15 @@ class SQLStore(SessionStore):
         self._patience = patience
         self._name = name
         self._namespace = namespace
-        self._family = {namespace: self}
+        # Weak: a store that is part of a circle is not closed by its last user letting go of it.
+        self._family = weakref.WeakValueDictionary({namespace: self})
         self._holder = secrets.token_hex(16)
         self._open_database()
         before_fork(self._close_idle)
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
+        self._histories = HistoryTable(self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -247,16 +249,17 @@ class SQLStore(SessionStore):
 
     def namespace(self, name: str) -> SQLStore:
         check_namespace(name)
-        if name not in self._family:
+        store = self._family.get(name)
+        if store is None:
             store = SQLStore(self._connect, name, name=self._name, patience=self._patience)
             store._family = self._family
-            return self._family.setdefault(name, store)
-        return self._family[name]
+            self._family[name] = store
+        return store
 
-    @cached_property
+    @property
     def history(self) -> SQLHistory:
-        of_sqlite = isinstance(self._database, pw.SqliteDatabase)
-        return SQLHistory(self._using, self._model._meta.table_name, self._namespace, of_sqlite=of_sqlite)
+        # Not kept: a store that is part of a circle is not closed by its last user letting go of it.
+        return SQLHistory(self._using, self._histories)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         try:
@@ -310,7 +313,7 @@ class SQLStore(SessionStore):
         return f"{self._namespace}:note {name}"
 
     def close(self) -> None:
-        for store in self._family.values():
+        for store in list(self._family.values()):
             store._close()
 
     def _close(self) -> None:

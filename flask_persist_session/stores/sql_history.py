@@ -63,26 +63,44 @@ _STATEMENTS = {
 }
 
 
-class SQLHistory(HistoryLog):
-    """Keeps each entry as a row of a table.
+class HistoryTable:
+    """The table of the histories of a namespace: how it is made, and the statements that use it.
 
-    :param using: gives the database, connected and with the table of the sessions, and translates errors.
     :param sessions: the table of the sessions.
     :param namespace: part of the names of the table and its index.
     """
 
-    def __init__(
-        self, using: Callable[[], AbstractContextManager[PerThread]], sessions: str, namespace: str, *, of_sqlite: bool
-    ) -> None:
-        self._using = using
-        self._table = f"persist_history_{namespace}"
-        names = {"sessions": sessions, "table": self._table, "index": f"persist_key_{namespace}"}
+    def __init__(self, sessions: str, namespace: str, *, of_sqlite: bool) -> None:
+        self._name = f"persist_history_{namespace}"
+        names = {"sessions": sessions, "table": self._name, "index": f"persist_key_{namespace}"}
         names["locked"] = "" if of_sqlite else " FOR NO KEY UPDATE"
         place = "?" if of_sqlite else "%s"
-        self._statements = {name: text.format(**names).replace("?", place) for name, text in _STATEMENTS.items()}
+        self.statements = {name: text.format(**names).replace("?", place) for name, text in _STATEMENTS.items()}
         tables = _TABLES_OF_SQLITE if of_sqlite else _TABLES_OF_POSTGRESQL
-        self._tables = [statement.format(**names) for statement in tables]
-        self._ready = False
+        self._making = [statement.format(**names) for statement in tables]
+        self._is_made = False
+
+    def is_made(self, database: PerThread) -> bool:
+        # A user who may not create anything can use what somebody else created.
+        self._is_made = self._is_made or bool(database.table_exists(self._name))
+        return self._is_made
+
+    def make(self, database: PerThread) -> None:
+        with database.atomic():
+            for statement in self._making:
+                database.execute_sql(statement)  # type: ignore[no-untyped-call]
+        self._is_made = True
+
+
+class SQLHistory(HistoryLog):
+    """Keeps each entry as a row of a table.
+
+    :param using: gives the database, connected and with the table of the sessions, and translates errors.
+    """
+
+    def __init__(self, using: Callable[[], AbstractContextManager[PerThread]], table: HistoryTable) -> None:
+        self._using = using
+        self._table = table
 
     def append(
         self,
@@ -169,9 +187,9 @@ class SQLHistory(HistoryLog):
     def _rows(self, statement: str, *values: Any) -> list[Any]:
         """What a statement gives; nothing if there is no table yet."""
         with self._using() as database, translated:
-            if not self._is_made(database):
+            if not self._table.is_made(database):
                 return []
-            cursor: Any = database.execute_sql(self._statements[statement], values)  # type: ignore[no-untyped-call]
+            cursor: Any = database.execute_sql(self._table.statements[statement], values)  # type: ignore[no-untyped-call]
             return list(cursor.fetchall())
 
     @contextmanager
@@ -191,21 +209,10 @@ class SQLHistory(HistoryLog):
     @contextmanager
     def _transaction(self) -> Iterator[_Run]:
         with self._using() as database, translated:
-            if not self._is_made(database):
-                self._make(database)
+            if not self._table.is_made(database):
+                self._table.make(database)
             with database.atomic():
-                yield _Run(database, self._statements)
-
-    def _is_made(self, database: PerThread) -> bool:
-        # A user who may not create anything can use what somebody else created.
-        self._ready = self._ready or bool(database.table_exists(self._table))
-        return self._ready
-
-    def _make(self, database: PerThread) -> None:
-        with database.atomic():
-            for statement in self._tables:
-                database.execute_sql(statement)  # type: ignore[no-untyped-call]
-        self._ready = True
+                yield _Run(database, self._table.statements)
 
 
 class _Run:
