@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cachelib import BaseCache, NullCache, SimpleCache
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
-from ..records import SessionRecord, is_session_id
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
+from ..records import Change, Deletion, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from .base import SessionStore, after_fork, cannot_list, check_namespace, check_save, conflict, that_of
 
@@ -130,6 +130,12 @@ class CachelibStore(SessionStore):
         # One object per namespace: its locks are what makes a save one step.
         child._family = self._family
         return self._family.setdefault(name, child)
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        raise UnsupportedByStore(
+            "a cachelib cache changes one entry at a time, so several sessions cannot change together; save them one by "
+            "one, or use another store"
+        )
 
     def note(self, name: str, moment: float) -> None:
         with self._errors():
