@@ -68,6 +68,11 @@ class Change:
     record: SessionRecord
     expected: int
 
+    @property
+    def id(self) -> str:
+        """The id of the record."""
+        return self.record.id
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:

@@ -399,6 +399,45 @@ def _saves(store: SessionStore, record: SessionRecord, expected: int) -> bool:
     return False
 
 
+def _move_amounts(ids: Sequence[str], steps: int, store: SessionStore, number: int) -> int:
+    """Move 1 between two of the sessions so many times, starting over after each conflict; returns how many there were."""
+    chance, conflicts = random.Random(number), 0
+    while steps:
+        given, taken = (store.get(session_id) for session_id in chance.sample(ids, 2))
+        assert given is not None
+        assert taken is not None
+        try:
+            store.transaction(
+                [
+                    Change(record=following(given, data=b"%d" % (int(given.data) - 1)), expected=given.version),
+                    Change(record=following(taken, data=b"%d" % (int(taken.data) + 1)), expected=taken.version),
+                ]
+            )
+            steps -= 1
+        except SessionConflict:
+            conflicts += 1
+    return conflicts
+
+
+def _raise_all_or_look(ids: Sequence[str], steps: int, store: SessionStore, number: int) -> int:
+    """One racer saves all sessions again and again in one transaction each; the others must never see one fall behind."""
+    records = [make_record(version=1, id=session_id, user_id=None) for session_id in ids]
+    if number == 0:
+        for _ in range(steps):
+            store.transaction([Change(record=following(record), expected=record.version) for record in records])
+            records = [following(record) for record in records]
+        return 0
+    chance, latest, looks = random.Random(number), 0, 0
+    while latest <= steps:
+        for session_id in chance.sample(ids, len(ids)):
+            found = store.get(session_id)
+            assert found is not None
+            assert found.version >= latest
+            latest = found.version
+        looks += 1
+    return looks
+
+
 def _take_leases(names: Sequence[str], store: SessionStore, number: int) -> list[bool]:
     return [store.lease(name, 600) for name in names]
 
@@ -1023,6 +1062,152 @@ class SessionStoreContract(_Contract):
         assert store.get(records[-1].id) == records[-1]
         assert store.delete_many([Deletion(id=record.id, expected=1) for record in records]) == [True] * 1000
         assert store.get(records[-1].id) is None
+
+    # transaction ------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def transacting(self, store: SessionStore) -> SessionStore:
+        """The store, if it has transactions."""
+        try:
+            store.transaction([])
+        except UnsupportedByStore:
+            pytest.skip("has no transactions")
+        return store
+
+    def test_transactions_are_there_or_not(self, store: SessionStore) -> None:
+        """A store has transactions, or says with a reason that it has none, and then nothing was changed."""
+        record = make_record()
+        outcome: object = True
+        try:
+            store.transaction([Change(record=record, expected=0)])
+        except UnsupportedByStore as error:
+            outcome = bool(str(error)) and store.get(record.id) is None
+        assert outcome is True
+
+    def test_transaction(self, transacting: SessionStore) -> None:
+        """Changes, creations and deletions of one transaction are all done, of whatever users and shards."""
+        changed, removed, gone = make_record(1), make_record(2, user_id="bob"), make_record(3, user_id=None)
+        created, ended = make_record(4, user_id=None, version=7), make_record(5)
+        for record in (changed, removed, gone, ended):
+            transacting.save(record, expected=0)
+        over = following(ended, ended_at=9.0, end_reason="revoked", data=b"")
+        transacting.transaction(
+            [
+                Change(record=following(changed, data=b"new"), expected=1),
+                Deletion(id=removed.id),
+                Deletion(id=gone.id, expected=1),
+                Change(record=created, expected=0),
+                Change(record=over, expected=1),
+                Deletion(id=make_record(99).id),
+                Deletion(id="../" * 22 + "a"),
+            ]
+        )
+        found = [transacting.get(record.id) for record in (changed, removed, gone, created, ended)]
+        assert found == [following(changed, data=b"new"), None, None, created, over]
+        transacting.save(following(created), expected=7)
+        transacting.save(gone, expected=0)
+
+    def test_lists_after_a_transaction(self, listing: SessionStore, transacting: SessionStore) -> None:
+        """What a transaction has changed is in every list as if it had been saved and deleted; a check finds nothing."""
+        changed, removed, created = make_record(1), make_record(2), make_record(3)
+        listing.save(changed, expected=0)
+        listing.save(removed, expected=0)
+        after = following(changed, expires_at=5.0, tags=frozenset({"new"}), data=b"1234")
+        listing.transaction([Change(record=after, expected=1), Deletion(id=removed.id), Change(record=created, expected=0)])
+        by_id = sorted([after, created], key=lambda record: record.id)
+        assert list(listing.find(SessionQuery(user_id="alice", order_by="id"))) == by_id
+        assert list(listing.find(SessionQuery(order_by="id"))) == by_id
+        assert list(listing.find(SessionQuery(expires_before=6.0))) == [after]
+        assert listing.stats(now=100.0) == add_up(iter(by_id), 100.0)
+        assert list(listing.check(repair=False)) == []
+
+    def test_transactions_one_after_the_other(self, transacting: SessionStore) -> None:
+        """Sessions that are changed together over and over keep their last state, whatever size they had before."""
+        records = [make_record(number, user_id=None) for number in range(3)]
+        transacting.transaction([Change(record=record, expected=0) for record in records])
+        for number in range(60):
+            records = [following(record, data=bytes([number]) * (number % 7) * 1000) for record in records]
+            transacting.transaction([Change(record=record, expected=record.version - 1) for record in records])
+        assert [transacting.get(record.id) for record in records] == records
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            Change(record=make_record(7), expected=0),
+            Change(record=make_record(7, version=3), expected=2),
+            Change(record=make_record(8, version=2), expected=1),
+            Deletion(id=make_record(7).id, expected=2),
+            Deletion(id=make_record(7).id, expected=0),
+            Deletion(id=make_record(8).id, expected=1),
+            Deletion(id=make_record(8).id, expected=0),
+            Deletion(id="x" * 67, expected=1),
+        ],
+        ids=[
+            "taken",
+            "stale",
+            "missing",
+            "deletion",
+            "deletion of none",
+            "missing one",
+            "none of a missing one",
+            "malformed",
+        ],
+    )
+    def test_transaction_in_conflict(self, transacting: SessionStore, wrong: Change | Deletion, place: int) -> None:
+        """One version that differs hinders all, wherever it stands; the conflict names its session."""
+        present, there = make_record(7), make_record(1)
+        transacting.save(present, expected=0)
+        transacting.save(there, expected=0)
+        changes: list[Change | Deletion] = [
+            Change(record=following(there), expected=1),
+            Change(record=make_record(9), expected=0),
+        ]
+        with pytest.raises(SessionConflict, match=wrong.id):
+            transacting.transaction([*changes[:place], wrong, *changes[place:]])
+        assert [transacting.get(make_record(number).id) for number in (7, 8, 1, 9)] == [present, None, there, None]
+        transacting.transaction(changes)
+        assert [transacting.get(make_record(number).id) for number in (1, 9)] == [following(there), make_record(9)]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            Change(record=make_record(1, version=3), expected=1),
+            Change(record=make_record(1, id="x" * 67), expected=0),
+            Deletion(id=make_record(2).id),
+            Change(record=make_record(2), expected=0),
+        ],
+        ids=["version", "id", "deleted too", "twice"],
+    )
+    def test_transaction_of_something_wrong(self, transacting: SessionStore, wrong: Change | Deletion) -> None:
+        """What ``save`` refuses is refused, and so are two changes of one session; nothing is changed."""
+        record = make_record(2)
+        with pytest.raises(ValueError, match=r"id|version|twice"):
+            transacting.transaction([Change(record=record, expected=0), wrong])
+        assert transacting.get(record.id) is None
+
+    def test_transaction_of_many(self, transacting: SessionStore) -> None:
+        """Hundreds of sessions change together."""
+        records = [make_record(number, user_id=None) for number in range(300)]
+        transacting.transaction([Change(record=record, expected=0) for record in records])
+        transacting.transaction([Deletion(id=record.id, expected=1) for record in records[1:]])
+        assert [transacting.get(record.id) for record in records[:3]] == [records[0], None, None]
+
+    def test_race_of_transactions(self, transacting: SessionStore, race: Race) -> None:
+        """However many move amounts between a few sessions at once, the sum stays as it was."""
+        records = [make_record(number, user_id=None, data=b"100") for number in range(5)]
+        transacting.save_many([Change(record=record, expected=0) for record in records])
+        race(partial(_move_amounts, [record.id for record in records], 15))
+        found = [transacting.get(record.id) for record in records]
+        assert sum(int(record.data) for record in found if record is not None) == 500
+        assert sum(record.version - 1 for record in found if record is not None) == 15 * 2 * RACERS
+
+    def test_readers_of_a_transaction(self, transacting: SessionStore, race: Race) -> None:
+        """Whoever has read one session as a transaction left it reads none as it was before."""
+        records = [make_record(number, user_id=None) for number in range(5)]
+        transacting.save_many([Change(record=record, expected=0) for record in records])
+        looks = race(partial(_raise_all_or_look, [record.id for record in records], 40))
+        assert all(looks[1:])
 
     # lease ------------------------------------------------------------------------------------------------------------
 

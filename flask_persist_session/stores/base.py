@@ -195,13 +195,20 @@ class SessionStore(ABC):
         return [self.delete(deletion.id, expected=deletion.expected) for deletion in deletions]
 
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
-        """Make all changes or none of them, whatever happens in the middle.
+        """Make all of the changes and deletions, or none of them; without any, do nothing.
 
-        Raises ``SessionConflict`` naming a session that has another version than expected, ``ValueError`` if the same one
-        is changed twice or ``check_save`` refuses one, ``UnsupportedByStore``, with the reason, ``StoreUnavailable``,
-        ``StoreError``. Nothing was changed then.
+        When this returns, all are done, as after ``save`` and ``delete``. When it raises one of the errors below, none is.
+        Stopped anywhere in between, be it by ``kill -9``, a process leaves all of them or none, for every other process.
+        Whoever has read one record as it is afterwards reads none as it was before. A deletion without *expected* of a
+        record that is missing is done.
+
+        Raises ``SessionConflict`` if a version differs, naming the session; ``ValueError`` for two changes of one
+        session, and for what ``save`` refuses; ``UnsupportedByStore``; ``StoreUnavailable``, ``StoreError``.
         """
-        raise UnsupportedByStore(f"{type(self).__name__} cannot change several sessions in one step")
+        raise UnsupportedByStore(
+            f"{type(self).__name__} has no transactions; save the sessions one by one, or use a store that has them: "
+            "memory, files, SQLite, PostgreSQL or a single Redis server"
+        )
 
     def lease(self, name: str, seconds: float) -> bool:
         """Take or prolong the lease *name* for so many seconds; say whether this store object holds it now.
@@ -335,6 +342,17 @@ def check_save(record: SessionRecord, expected: int) -> None:
         raise ValueError(f"session {record.id} is not in the shard of its user, {shard_of(record.user_id)}")
 
 
+def check_transaction(changes: Sequence[Change | Deletion]) -> None:
+    """Refuse what no store may do in one transaction. Raises ``ValueError``, as ``check_save`` does."""
+    ids = Counter(change.id for change in changes)
+    twice = [session_id for session_id, count in ids.items() if count > 1]
+    if twice:
+        raise ValueError(f"session {twice[0]!r} is changed twice in one transaction; make one change of the two")
+    for change in changes:
+        if isinstance(change, Change):
+            check_save(change.record, change.expected)
+
+
 def _check_name(field: str, value: str | None) -> None:
     if value is not None and not is_name(value):
         raise ValueError(f"{field} {value[:40]!r} cannot be stored: {NAME_LIMITS}")
@@ -348,8 +366,8 @@ def is_name(value: str | None) -> bool:
         return False
 
 
-def conflict(session_id: str, expected: int) -> SessionConflict:
-    """The error of a save that found another version than *expected*."""
+def conflict(session_id: str, expected: int | None) -> SessionConflict:
+    """The error of a save or deletion that found another version than *expected*."""
     wanted = "no record" if expected == 0 else f"version {expected}"
     return SessionConflict(f"session {session_id}: expected {wanted}, but it was changed, ended or removed meanwhile")
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cachelib import BaseCache, NullCache, SimpleCache
 
 from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
-from ..records import SessionRecord, is_session_id
+from ..records import Change, Deletion, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from .base import SessionStore, after_fork, cannot_list, check_namespace, check_save, conflict, that_of
 from .history import HistoryLog
@@ -137,6 +137,12 @@ class CachelibStore(SessionStore):
         raise UnsupportedByStore(
             "CachelibStore keeps no histories: a cachelib cache cannot append, and two processes that write the whole of "
             "one at the same moment would lose entries"
+        )
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        raise UnsupportedByStore(
+            "a cachelib cache changes one entry at a time, so several sessions cannot change together; save them one by "
+            "one, or use another store"
         )
 
     def note(self, name: str, moment: float) -> None:

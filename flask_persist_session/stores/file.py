@@ -15,6 +15,7 @@ Layout below the root, directories 0700 and files 0600::
             users/5e88…/3fa09c…     its entry in the index of its user: an empty file
         leases/sweep                a lease
         notes/cleanup               a note
+        transactions/9be1…          a transaction that is being settled
         damaged/3fa09c….session…    what a repair found and could not use
 """
 
@@ -26,11 +27,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import chain
 
 from ..exceptions import ConfigError, SerializationError
-from ..records import Deletion, Finding, Improvement, SessionQuery, SessionRecord, is_session_id
+from ..records import Change, Deletion, Finding, Improvement, SessionQuery, SessionRecord, is_session_id
 from ..serializers import pack_record
 from ..tokens import SHARDS, shard_of
 from . import Location, flag, make_directory, seconds
@@ -38,6 +38,7 @@ from .base import (
     SessionStore,
     check_namespace,
     check_save,
+    check_transaction,
     conflict,
     cut,
     ignore,
@@ -49,10 +50,10 @@ from .base import (
     shards_of,
 )
 from .file_history import FileHistory, remove_history
-from .file_upkeep import SUFFIX, FileCheck, compact
+from .file_transactions import SUFFIX, FileTransaction, left_over, remove, settle
+from .file_upkeep import FileCheck, compact
 from .frames import (
     NO_FILE,
-    Frame,
     end_of_version,
     failure,
     framed,
@@ -138,14 +139,14 @@ class FileStore(SessionStore):
         frame = framed(record.version, pack_record(record))
         path = self._path(record.id)
         try:
-            handle, size = lock(path, self._timeout, create=expected == 0)
+            handle, size = self.lock(path, create=expected == 0)
             try:
                 end = end_of_version(handle, size, expected)
                 if end is None:
                     raise conflict(record.id, expected)
                 if end < size:
                     os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
-                self._put(path, handle, end, record, frame)
+                self.put(path, handle, end, record, frame)
             finally:
                 unlock(handle)
         except OSError as error:
@@ -156,17 +157,12 @@ class FileStore(SessionStore):
             return False
         path = self._path(session_id)
         try:
-            handle, size = lock(path, self._timeout, create=False)
+            handle, size = self.lock(path, create=False)
             try:
                 last = None if handle == NO_FILE else last_frame(handle, size)
                 if handle == NO_FILE or expected not in (None, last and last.version):
                     return False
-                # First, so that a crash leaves no history without a session, which another one of that id would inherit.
-                remove_history(path)
-                os.unlink(path)
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
-                self._unindex(session_id, last)
+                remove(path, last, sync=False)
                 return True
             finally:
                 unlock(handle)
@@ -178,6 +174,13 @@ class FileStore(SessionStore):
         parts = [deletions[start : start + size] for start in range(0, len(deletions), size)]
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(chain.from_iterable(pool.map(super().delete_many, parts)))
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        check_transaction(changes)
+        try:
+            FileTransaction(self, self._folder, self._timeout, sync=self._fsync).run(changes)
+        except OSError as error:
+            raise failure(error) from error
 
     def scan(self) -> Iterator[SessionRecord]:
         for shard in range(SHARDS):
@@ -262,12 +265,26 @@ class FileStore(SessionStore):
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{SUFFIX}"
 
-    def _put(self, path: str, handle: int, end: int, record: SessionRecord, frame: bytes) -> None:
+    def lock(self, path: str, *, create: bool) -> tuple[int, int]:
+        """Lock the file of a session; what a transaction left in it that was stopped is settled first."""
+        while True:
+            handle, size = lock(path, self._timeout, create=create)
+            try:
+                left = None if handle == NO_FILE else left_over(handle, size)
+                if left is None:
+                    return handle, size
+                settle(path, handle, size, left, sync=self._fsync)
+            except OSError:
+                unlock(handle)
+                raise
+            unlock(handle)
+
+    def put(self, path: str, handle: int, end: int, record: SessionRecord, frame: bytes) -> None:
         """Write the frame of *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
         try:
             if end == 0:
                 remove_history(path)  # of a session of that id that somebody removed without it
-                self._index(record)
+                self.index(record)
             if record.ended_at is not None:
                 # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.
                 rewrite(path, frame, sync=self._fsync)
@@ -294,20 +311,10 @@ class FileStore(SessionStore):
 
     # An entry is made before its session and removed after it, so a crash leaves at most an entry that leads nowhere.
 
-    def _index(self, record: SessionRecord) -> None:
+    def index(self, record: SessionRecord) -> None:
+        """Enter a new session in the index of its user."""
         if record.user_id is not None:
             os.close(open_file(self._entry(record), os.O_WRONLY | os.O_CREAT))
-
-    def _unindex(self, session_id: str, last: Frame | None) -> None:
-        if last is None:
-            return
-        try:
-            record = record_in(last, session_id)
-        except SerializationError:
-            return  # whose it was cannot be known any more
-        if record.user_id is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(self._entry(record))
 
     def _entry(self, record: SessionRecord) -> str:
         return os.path.join(self._folder, record.id[:3], "users", name_of_user(record.user_id or ""), record.id)

@@ -22,10 +22,12 @@ from ..records import Finding, Improvement, SessionRecord, is_session_id
 from ..tokens import SHARDS
 from . import make_directory
 from .file_history import HISTORY, TURNS
+from .file_transactions import FOLDER, SUFFIX, UNFINISHED, ids_in_marker, left_over, settle
 from .frames import (
     NO_FILE,
     SAFELY,
     Frame,
+    counts,
     failure,
     is_unfinished,
     last_frame,
@@ -39,11 +41,11 @@ from .frames import (
     unlock,
 )
 
-SUFFIX = ".session"
 #: Seconds for which something must have been as it is before it is no more what somebody is in the middle of.
 _SETTLED = 1.0
 #: What is in the directory of a namespace besides the shards.
-_OTHERS = frozenset({"leases", "notes", "damaged"})
+_OTHERS = frozenset({"leases", "notes", "damaged", FOLDER})
+_TRANSACTION = re.compile(rf"[0-9a-f]{{32}}({re.escape(UNFINISHED)})?", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 #: What file systems give out; a file takes whole ones.
 _BLOCK = 4096
@@ -71,6 +73,7 @@ class FileCheck:
             for shard in range(SHARDS):
                 yield from self._shard(os.path.join(self._folder, f"{shard:03x}"), f"{shard:03x}")
                 yield from self._settled(time.monotonic())
+            yield from self._transactions()
             while self._suspects:
                 time.sleep(max(0.0, self._suspects[0][0] - time.monotonic()))
                 yield from self._settled(time.monotonic())
@@ -139,8 +142,10 @@ class FileCheck:
         yield from self._mode(path, 0o600)
         try:
             frame = _frame_at_end(path)
-            if frame is None:
-                damage = list(self._under_lock(path, partial(self._damaged, path, session_id)))
+            if frame is None or frame.transaction:
+                damage = list(self._under_lock(path, partial(self._unsettled, path)))
+                if frame is None and not damage:
+                    damage = list(self._under_lock(path, partial(self._damaged, path, session_id)))
                 yield from damage
                 if any(finding.kind != "torn" for finding in damage):
                     return
@@ -157,6 +162,17 @@ class FileCheck:
         if record is not None:
             self._seen(record)
             yield from self._entry_of(record, path, users)
+
+    def _unsettled(self, path: str, handle: int, size: int) -> Finding | None:
+        """What a transaction left at the end of a file whose process was stopped."""
+        frame = left_over(handle, size)
+        if frame is None:
+            return None
+        text = f"it ends with version {frame.version} of a transaction that was "
+        text += "committed, which counts" if counts(path, frame, size) else "not committed, which does not count"
+        if self._repair:
+            settle(path, handle, size, frame, sync=True)
+        return Finding(kind="torn", where=path, text=text, repaired=self._repair)
 
     def _damaged(self, path: str, session_id: str, handle: int, size: int) -> Finding | None:
         """What is wrong with a file that did not end with an intact frame a moment ago."""
@@ -211,6 +227,31 @@ class FileCheck:
         session = path.rpartition(".")[0] + SUFFIX
         if not os.path.lexists(session):
             self._look_again(partial(self._lonely, path, session, "a part of the history of a session that is gone"))
+
+    # Transactions -----------------------------------------------------------------------------------------------------
+
+    def _transactions(self) -> Iterator[Finding]:
+        for entry in _entries(os.path.join(self._folder, FOLDER)):
+            if _TRANSACTION.fullmatch(entry.name):
+                self._look_again(partial(self._transaction, entry.path))
+            else:
+                yield _foreign(entry.path)
+
+    def _transaction(self, path: str) -> Iterator[Finding]:
+        """Something of a transaction that was there a while ago. Whoever is at work holds the locks until it is gone."""
+        if path.endswith(UNFINISHED):
+            yield from self._under_lock(path, lambda *_: self._leftover(path, "a transaction that it did not commit"))
+            return
+        unsettled: list[Finding] = []
+        for session_id in ids_in_marker(path):
+            session = os.path.join(self._folder, session_id[:3], f"{session_id}{SUFFIX}")
+            if _is_file(session):
+                unsettled += self._under_lock(session, partial(self._unsettled, session))
+        if self._repair:
+            yield from unsettled
+        if any(finding.kind == "record" for finding in unsettled):
+            return  # somebody has one of them locked
+        yield from filter(None, [self._leftover(path, "a transaction that it committed")])
 
     # The index of users -----------------------------------------------------------------------------------------------
 
@@ -345,7 +386,7 @@ def _compacted(path: str, timeout: float, sync: bool) -> int:
     handle, size = lock(path, timeout, create=False)
     try:
         last = None if handle == NO_FILE or size <= _BLOCK else last_frame(handle, size)
-        if last is None or last.end != size or _blocks(last.size) == _blocks(size):
+        if last is None or last.transaction or last.end != size or _blocks(last.size) == _blocks(size):
             return 0
         before = os.fstat(handle).st_blocks
         rewrite(path, read_range(handle, last.size, last.end - last.size), sync=sync)

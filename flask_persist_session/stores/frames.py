@@ -27,6 +27,10 @@ _ATTEMPTS = 10
 #: Errors of the disk that pass, at least when somebody makes room or frees a handle.
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 
+#: Set in the version of a frame that counts only as a part of a transaction, whose name comes before its record.
+_TENTATIVE = 1 << 63
+_NAME_SIZE = 16
+
 # Frames ---------------------------------------------------------------------------------------------------------------
 
 _HEADER = struct.Struct("<IQII")  # length of the record, version, CRC-32 of these two, CRC-32 of the record
@@ -39,16 +43,22 @@ _AROUND = _HEADER.size + _TRAILER.size
 class Frame(NamedTuple):
     version: int
     record: memoryview
+    """Empty where a transaction removes the session."""
+    start: int
     end: int
     """Offset in the file at which the next frame starts."""
+    transaction: str = ""
+    """The name of the transaction without which it does not count."""
 
     @property
     def size(self) -> int:
         """How many bytes of the file it takes."""
-        return len(self.record) + _AROUND
+        return self.end - self.start
 
 
-def framed(version: int, record: bytes) -> bytes:
+def framed(version: int, record: bytes, transaction: str = "") -> bytes:
+    if transaction:
+        version, record = version | _TENTATIVE, bytes.fromhex(transaction) + record
     signed = _SIGNED.pack(len(record), version)
     checksums = _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record))
     return b"".join((signed, checksums, record, _TRAILER.pack(len(record))))
@@ -73,7 +83,12 @@ def _frame_at(content: bytes, start: int, offset: int) -> Frame | None:
     record = memoryview(content)[start + _HEADER.size : end - _TRAILER.size]
     if end > len(content) or checksum != zlib.crc32(record):
         return None
-    return Frame(version, record, offset + end)
+    if not version & _TENTATIVE:
+        return Frame(version, record, offset + start, offset + end)
+    if len(record) < _NAME_SIZE:
+        return None
+    name = record[:_NAME_SIZE].hex()
+    return Frame(version ^ _TENTATIVE, record[_NAME_SIZE:], offset + start, offset + end, name)
 
 
 def last_frame(handle: int, size: int) -> Frame | None:
@@ -128,8 +143,14 @@ def end_of_version(handle: int, size: int, expected: int) -> int | None:
     return 0 if expected == 0 and is_unfinished(read_range(handle, size, 0)) else None
 
 
+def ends_plainly(handle: int, size: int) -> bool:
+    """Whether the file is empty or ends, by its header, with a frame that counts of itself."""
+    version = _version_at_end(handle, size)
+    return not size or (version is not None and not version & _TENTATIVE)
+
+
 def _version_at_end(handle: int, size: int) -> int | None:
-    """The version in the header of the frame that ends with the file, if there is such a frame."""
+    """The version in the header of the frame that ends with the file, if there is such a frame, with its mark."""
     if size < _AROUND:
         return None
     (length,) = _TRAILER.unpack(os.pread(handle, _TRAILER.size, size - _TRAILER.size))
@@ -220,19 +241,61 @@ def open_file(path: str, flags: int) -> int:
 
 
 def read_last(path: str, timeout: float) -> Frame | None:
-    """The last intact frame of a session's file; ``None`` if there is no file.
+    """The last intact frame that counts of a session's file; ``None`` if there is no session.
 
     Raises ``SerializationError`` if there is a file without an intact frame.
     """
+    doubted = ""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDONLY | SAFELY)
+        except FileNotFoundError:
+            return None
+        try:
+            size = os.fstat(handle).st_size
+            frame = last_frame(handle, size)
+            if frame is None:
+                return _read_locked(path, timeout)
+            # Asked once, because the marker goes as soon as all is settled.
+            if counts(path, frame, size):
+                return _unless_removed(frame)
+            if frame.transaction == doubted:
+                return _before(path, handle, frame)
+            # It may have been settled since it was read, and is something else by now: once more.
+            doubted = frame.transaction
+        finally:
+            os.close(handle)
+
+
+def counts(path: str, frame: Frame, size: int) -> bool:
+    """Whether a frame that was found last in a session's file counts: of itself, or since its transaction is committed."""
+    # Whoever writes behind it has seen that it counts, or has cut it off before.
+    return not frame.transaction or frame.end < size or _is_there(marker_of(path, frame.transaction))
+
+
+def _is_there(path: str) -> bool:
     try:
-        handle = os.open(path, os.O_RDONLY | SAFELY)
+        os.lstat(path)
     except FileNotFoundError:
-        return None
-    try:
-        frame = last_frame(handle, os.fstat(handle).st_size)
-    finally:
-        os.close(handle)
-    return frame or _read_locked(path, timeout)
+        return False
+    return True
+
+
+def _unless_removed(frame: Frame) -> Frame | None:
+    return None if frame.transaction and not frame.record else frame
+
+
+def _before(path: str, handle: int, frame: Frame) -> Frame | None:
+    """What counts in place of a frame that does not; ``None`` if that was to create the session."""
+    before = last_frame(handle, frame.start)
+    if before is None and frame.start:
+        raise SerializationError(f"the file {path} has no intact frame")
+    return before
+
+
+def marker_of(path: str, transaction: str) -> str:
+    """The file that is there once a transaction with the session of *path* is committed, until all of it is settled."""
+    return os.path.join(os.path.dirname(os.path.dirname(path)), "transactions", transaction)
 
 
 def _read_locked(path: str, timeout: float) -> Frame | None:
@@ -242,10 +305,12 @@ def _read_locked(path: str, timeout: float) -> Frame | None:
         handle, size = lock(path, timeout, create=False)
         try:
             frame = None if handle == NO_FILE else last_frame(handle, size)
+            if frame is not None:
+                return _unless_removed(frame) if counts(path, frame, size) else _before(path, handle, frame)
         finally:
             unlock(handle)
-        if frame is not None or handle == NO_FILE:
-            return frame
+        if handle == NO_FILE:
+            return None
         if size or time.monotonic() > end:
             raise SerializationError(f"the file {path} has no intact frame")
         time.sleep(random.uniform(0, 0.002))  # it was made a moment ago, and its writer has not got the lock yet

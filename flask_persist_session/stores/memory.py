@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
 from ..exceptions import ConfigError
-from ..records import SessionRecord
+from ..records import Change, Deletion, SessionRecord
 from . import Location
-from .base import SessionStore, after_fork, check_namespace, check_save, conflict
+from .base import SessionStore, after_fork, check_namespace, check_save, check_transaction, conflict
 from .memory_history import MemoryHistory
 
 
@@ -37,7 +37,8 @@ class MemoryStore(SessionStore):
         self._lock = threading.Lock()
 
     def get(self, session_id: str) -> SessionRecord | None:
-        record = self._records.get(session_id)
+        with self._lock:  # a transaction may be in the middle
+            record = self._records.get(session_id)
         return _copy(record) if record else None
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
@@ -54,6 +55,19 @@ class MemoryStore(SessionStore):
             del self._records[session_id]
             self._history.forget(session_id)
             return True
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        check_transaction(changes)
+        with self._lock:
+            for change in changes:
+                if change.expected not in (None, self._version(change.id) or (0 if isinstance(change, Change) else None)):
+                    raise conflict(change.id, change.expected)
+            for change in changes:
+                if isinstance(change, Change):
+                    self._records[change.id] = _copy(change.record)
+                else:
+                    self._records.pop(change.id, None)
+                    self._history.forget(change.id)
 
     def _version(self, session_id: str) -> int:
         stored = self._records.get(session_id)

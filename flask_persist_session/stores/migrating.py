@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import chain
 
 from ..exceptions import SessionConflict, SessionNotFound, UnsupportedByStore
-from ..records import Finding, Improvement, LogEntry, SessionQuery, SessionRecord
-from .base import SessionStore, conflict, ignore, order_and_cut
+from ..records import Change, Deletion, Finding, Improvement, LogEntry, SessionQuery, SessionRecord
+from .base import SessionStore, check_transaction, conflict, ignore, order_and_cut
 from .history import HistoryLog, copy_history
 
 
@@ -106,6 +106,16 @@ class MigratingStore(SessionStore):
 
     def find(self, query: SessionQuery) -> Iterator[SessionRecord]:
         return order_and_cut(self._both(query.uncut()), query)
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        check_transaction(changes)
+        # All of them to one store first: where a session is kept says nothing about what is in it.
+        for change in changes:
+            self.move(change.id)
+        self.store.transaction(changes)
+        for change in changes:
+            if isinstance(change, Deletion) or change.record.ended_at is not None:
+                self.old.delete(change.id)  # the same as in save
 
     def lease(self, name: str, seconds: float) -> bool:
         return self.store.lease(name, seconds)

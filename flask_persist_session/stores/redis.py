@@ -33,7 +33,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
 from ..records import Change, Deletion, Finding, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import dump_tags, pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
@@ -45,6 +45,7 @@ from .base import (
     can_match,
     check_namespace,
     check_save,
+    check_transaction,
     combined,
     conflict,
     cut,
@@ -70,6 +71,8 @@ _PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "T
 #: page of a user's sessions.
 _DISTANCES = {"created_at": 29, "accessed_at": 20, "expires_at": 11}
 _JUDGED_BY_SERVER = ("user_id", "tenant_id", "state", "order_by", "limit", "offset", "after")
+#: How a cluster, or its client, says that the keys of a script are not on one server.
+_OTHER_SLOTS = ("CROSSSLOT", "same key slot", "same slot")
 #: How many shards are asked for their ids at once, at most, and so many ids that they should not give many more.
 _SHARDS_AT_ONCE = 128
 _IDS_AT_ONCE = 4000
@@ -260,6 +263,40 @@ class RedisStore(SessionStore):
         removed = self._run_many([(_DELETE, self._delete_arguments(item.id, item.expected)) for item in known])
         outcomes = iter(removed)
         return [is_session_id(deletion.id) and next(outcomes) for deletion in deletions]
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        check_transaction(changes)
+        keys, arguments = [], []
+        for change in changes:
+            if isinstance(change, Change):
+                _, key, *given = self._save_arguments(change.record)
+                given = ["save" if change.expected else "create", *given]
+            elif is_session_id(change.id):
+                _, key, *given = self._delete_arguments(change.id, change.expected)
+                given = ["delete", *given, "", "", ""]
+            elif change.expected is None:
+                continue
+            else:
+                raise conflict(change.id, change.expected)
+            keys.append(key)
+            arguments += given
+        at = self._transact(keys, arguments) if keys else 0
+        if at:
+            session_id = keys[at - 1].rpartition(":")[2]
+            raise next(conflict(change.id, change.expected) for change in changes if change.id == session_id)
+
+    def _transact(self, keys: list[str], arguments: list[Any]) -> int:
+        """Run the transaction; returns which of the keys, counted from 1, is in conflict, 0 if none is."""
+        with self._errors():
+            try:
+                return int(self._run(_TRANSACTION, (len(keys), *keys, *arguments)))
+            except redis.RedisError as error:
+                if any(reason in str(error) for reason in _OTHER_SLOTS):
+                    raise UnsupportedByStore(
+                        f"{self._name} is a cluster, where a script reaches the sessions of one shard, that is of one "
+                        "user, at a time; save the sessions of several users one by one, or use a single server"
+                    ) from error
+                raise
 
     def lease(self, name: str, seconds: float) -> bool:
         holder = lease_holder(self._holder)
@@ -663,6 +700,39 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   end
 end
 return open
+""")
+
+# KEYS: sessions. ARGV for each: save, create or delete, and what these scripts are given. Answers the number of the first
+# session in conflict, or 0. Nothing is written before all is known to succeed, for there is no way back.
+_TRANSACTION = _Script(f"""
+local scripts = {{}}
+scripts.save = function(KEYS, ARGV) {_SAVE.text} end
+scripts.create = function(KEYS, ARGV) {_CREATE.text} end
+scripts.delete = function(KEYS, ARGV) {_DELETE.text} end
+local function has_version(key, kind, given)
+  local stored = redis.pcall('HGET', key, 'version')
+  if kind == 'create' then return not stored end
+  if kind == 'save' then return stored == tostring(given - 1) end
+  return given == '' or stored == given
+end
+for number, key in ipairs(KEYS) do
+  local kind, given = ARGV[number * 5 - 4], ARGV[number * 5 - 3]
+  if not has_version(key, kind, given) then return number end
+  local shard = key:match('^(.*):s:')
+  local facts = kind == 'delete' and redis.pcall('HGET', shard .. ':facts', key:match('[^:]*$')) or ARGV[number * 5 - 1]
+  if type(facts) == 'table' then return facts end
+  local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts or '')
+  for _, index in ipairs({{shard .. ':expiry', intact and user ~= '' and shard .. ':u' .. user or nil}}) do
+    local size = redis.pcall('ZCARD', index)
+    if type(size) == 'table' then return size end
+  end
+  local size = redis.pcall('HLEN', shard .. ':facts')
+  if type(size) == 'table' then return size end
+end
+for number, key in ipairs(KEYS) do
+  scripts[ARGV[number * 5 - 4]]({{key}}, {{unpack(ARGV, number * 5 - 3, number * 5)}})
+end
+return 0
 """)
 
 # KEYS: the index of a user. ARGV: now, the ordering field as its distance from the version in a packed record, "-" for

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import peewee as pw
@@ -40,6 +41,7 @@ from .base import (
     can_match,
     check_namespace,
     check_save,
+    check_transaction,
     conflict,
     ignore,
     lease_holder,
@@ -236,6 +238,18 @@ class SQLStore(SessionStore):
             with self._using() as database, database.in_turn():
                 outcomes += [self._remove(database, deletion) for deletion in deletions[start : start + _AT_ONCE]]
         return outcomes
+
+    def transaction(self, changes: Sequence[Change | Deletion]) -> None:
+        check_transaction(changes)
+        with self._using() as database, database.atomic():
+            # In one order, so that no two of them wait for each other.
+            for change in sorted(changes, key=attrgetter("id")):
+                if isinstance(change, Change):
+                    done = self._save(database, change.record, change.expected)
+                else:
+                    done = self._remove(database, change) or change.expected is None
+                if not done:
+                    raise conflict(change.id, change.expected)
 
     def lease(self, name: str, seconds: float) -> bool:
         leases, now = self._leases, time.time()
