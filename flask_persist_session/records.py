@@ -259,10 +259,11 @@ class Finding:
     """Something that a check of a store found not to be as it should."""
 
     kind: Kind
-    """``record`` and ``data``: of a session that cannot be read, as a whole or its data alone; ``torn``: a save that was
-    not finished; ``leftover``: what a process left that was stopped; ``index``: an entry without its session, or the other
-    way round; ``mode``: of a file that others can read, or that is theirs; ``foreign``: what no store has put there;
-    ``type``, ``schema``, ``database``: what the server or the database keeps in another form than it should."""
+    """``record`` and ``data``: of a session that cannot be read, as a whole or its data alone; ``torn``: a save or a
+    transaction that was not finished; ``leftover``: what a process left that was stopped; ``index``: an entry without its
+    session, or the other way round; ``mode``: of a file that others can read, or that is theirs; ``foreign``: what no store
+    has put there; ``type``, ``schema``, ``database``: what the server or the database keeps in another form than it
+    should."""
     where: str
     """The session's id, the path, the key or the table."""
     text: str

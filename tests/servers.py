@@ -48,8 +48,9 @@ def redis_program() -> str:
 class RedisServer:
     """A Redis server of our own that keeps nothing on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self.options = options
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.socket = folder / "redis.sock"
@@ -57,7 +58,7 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         command = [redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        command += ["--unixsocket", str(self.socket)]
+        command += ["--unixsocket", str(self.socket), *self.options]
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen([*command, "--dir", str(self.folder)], stdout=log, stderr=log)
         wait_until(self._answers, "the Redis server")

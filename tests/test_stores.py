@@ -395,6 +395,16 @@ def test_sqlite_indexes_of_each_namespace(database: Path) -> None:
     assert indexes["chat"] == indexes["web"]
 
 
+@pytest.mark.parametrize("name", ["web_user", "chat_expiry", "web_pkey"])
+def test_sqlite_namespace_of_the_name_of_an_index(database: Path, name: str) -> None:
+    """A namespace whose table would be called like an index of another table is refused, by whichever way it comes."""
+    store = open_store(f"sqlite:///{database}")
+    with pytest.raises(ConfigError, match=name):
+        store.namespace(name)
+    with pytest.raises(ConfigError, match=name):
+        open_store(f"sqlite:///{database}", namespace=name)
+
+
 def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
     """Data is the last column, so that nothing is behind it, and an index alone tells users and tenants."""
     store = open_store(f"sqlite:///{database}")

@@ -27,7 +27,7 @@ from flask_persist_session import (
 from flask_persist_session.stores import file_upkeep
 from flask_persist_session.stores.redis import RedisStore
 from flask_persist_session.testing import following, in_processes, make_record
-from tests.servers import RedisServer
+from tests.servers import RedisServer, free_port, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -115,7 +115,7 @@ def test_processes_that_are_killed(new_url: NewURL, kind: str, kills: int) -> No
     name, mark, options = kind.partition("?")
     url = new_url(name) + mark + options
     open_store(url).transaction(step(0, fresh=True))
-    reached = 0
+    reached = 1
     for _ in range(kills):
         # A store of its own, opened in the child.
         child = forked(lambda: go_on(open_store(url), reached))  # noqa: B023
@@ -164,7 +164,7 @@ def stopped_at(number: int, work: Callable[[], object], *, half: bool) -> bool:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["between calls", "in the middle of writing"])
-@pytest.mark.parametrize("options", ["", "?fsync=1"])
+@pytest.mark.parametrize("options", ["", pytest.param("?fsync=1", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("then", ["look", "check", "go on", "go on elsewhere"])
 def test_stopped_at_every_call(new_url: NewURL, then: str, options: str, half: bool) -> None:
     """Wherever in its calls of the system a process ends: all or none, for readers, for a check, and for the next one."""
@@ -217,6 +217,7 @@ def test_what_a_check_says(new_url: NewURL, tmp_path: Path) -> None:
     store.transaction(step(0, fresh=True))
     number = 0
     while state_of(store) == 0:
+        list(store.check(repair=True))
         stopped_at(number, partial(store.transaction, step(1)), half=False)
         number += 1
     found = list(store.check(repair=False))
@@ -238,6 +239,34 @@ def test_optimize_does_not_commit(new_url: NewURL) -> None:
     assert stopped_at(6, partial(store.transaction, step(5)), half=False)
     list(store.optimize())
     assert is_whole(store) == 4
+
+
+def test_what_waits_for_the_disk(new_url: NewURL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``fsync=1`` the frames are on the disk before the marker, and that before anything is settled."""
+    store = open_store(new_url("file") + "?fsync=1")
+    store.transaction(step(0, fresh=True))
+    done: list[tuple[str, str]] = []
+
+    def noted(name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        place = arguments[-1] if name == "rename" else arguments[0]
+        path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place
+        done.append((name, "marker" if Path(path).parent.name == "transactions" else path))
+        return call(*arguments, **options)
+
+    for name in ("pwrite", "fsync", "rename", "unlink"):
+        monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
+    store.transaction(step(1))
+    marked = done.index(("rename", "marker"))
+    removed = len(done) - 1
+    assert done[removed] == ("unlink", "marker")
+    for start, end in (0, marked), (marked + 1, removed):
+        written = {path: at for at, (name, path) in enumerate(done[:end]) if name in ("pwrite", "rename") and at >= start}
+        synced = {path: at for at, (name, path) in enumerate(done[:end]) if name == "fsync" and at >= start}
+        assert len(written) >= 4
+        assert all(synced[path] > at for path, at in written.items())
+    following_calls = iter(done[marked + 1 :])
+    assert next(following_calls)[0] == "fsync"
+    assert next(following_calls)[0] == "fsync"
 
 
 # Failing --------------------------------------------------------------------------------------------------------------
@@ -321,20 +350,25 @@ def _save_in_order(ids: list[str], store: SessionStore, number: int) -> int:
 # Redis ----------------------------------------------------------------------------------------------------------------
 
 
-class _Node(redis.Redis):
-    """A client whose server answers scripts over several shards as a node of a cluster does."""
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A cluster of one node, which has all the slots."""
+    server = RedisServer(tmp_path_factory.mktemp("cluster"), "--cluster-enabled", "yes")
+    while server.port > 55_535:  # the nodes talk to each other on a port that is 10,000 higher
+        server.port = free_port()
+    try:
+        with server.start().client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster")
+        yield server
+    finally:
+        server.stop()
 
-    def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        if arguments[0] in ("EVAL", "EVALSHA"):
-            keys = arguments[3 : 3 + int(arguments[2])]
-            if len({key.partition("}")[0] for key in keys}) > 1:
-                raise redis.ResponseError("CROSSSLOT Keys in request don't hash to the same slot")
-        return super().execute_command(*arguments, **options)
 
-
-@pytest.fixture
-def clustered(redis_server: RedisServer) -> Iterator[SessionStore]:
-    store = RedisStore(_Node(port=redis_server.port), prefix=f"cluster{os.getpid()}")
+@pytest.fixture(params=[redis.Redis, redis.RedisCluster])
+def clustered(request: pytest.FixtureRequest, cluster: RedisServer) -> Iterator[SessionStore]:
+    """A store with a client of one node, or one that knows of clusters."""
+    store = RedisStore(request.param(host="127.0.0.1", port=cluster.port), prefix=request.param.__name__)
     yield store
     store.close()
 
@@ -350,11 +384,12 @@ def test_a_transaction_on_a_cluster(clustered: SessionStore) -> None:
 
 def test_a_transaction_on_a_damaged_index(new_url: NewURL, redis_server: RedisServer) -> None:
     """An index that is something else fails the transaction before anything is written."""
-    store = open_store(new_url("redis"))
+    url = new_url("redis")
+    store = open_store(url)
     store.save(STAYING[0], expected=0)
     with redis_server.client() as client:
-        [index] = [key for key in client.scan_iter(match="*:expiry") if client.zscore(key, STAYING[0].id) is not None]
-        other = index.replace(b"{%s}" % STAYING[0].id[:3].encode(), b"{%s}" % STAYING[1].id[:3].encode())
+        [key] = client.scan_iter(match=f"{url.partition('prefix=')[2]}:*:expiry")
+        other = key.replace(b"{%s}" % STAYING[0].id[:3].encode(), b"{%s}" % STAYING[1].id[:3].encode())
         client.set(other, "something else")
         with pytest.raises(StoreError):
             store.transaction([Change(record=following(STAYING[0]), expected=1), Change(record=STAYING[1], expected=0)])

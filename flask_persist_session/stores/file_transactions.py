@@ -195,6 +195,7 @@ class FileTransaction:
             os.rename(self._unfinished, marker)
         except OSError:
             self._committed = False
+            os.unlink(self._unfinished)
             raise
         finally:
             unlock(handle)

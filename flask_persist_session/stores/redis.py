@@ -290,7 +290,7 @@ class RedisStore(SessionStore):
         with self._errors():
             try:
                 return int(self._run(_TRANSACTION, (len(keys), *keys, *arguments)))
-            except redis.RedisError as error:
+            except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
                 if any(reason in str(error) for reason in _OTHER_SLOTS):
                     raise UnsupportedByStore(
                         f"{self._name} is a cluster, where a script reaches the sessions of one shard, that is of one "

@@ -19,7 +19,7 @@ from typing import Any
 
 import peewee as pw
 
-from ..exceptions import SerializationError, StoreError, StoreUnavailable
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable
 from ..records import (
     LAST_MOMENT,
     Change,
@@ -60,6 +60,8 @@ _PAGE = 500
 _AT_ONCE = 250
 #: So many changes at once are more than requests make, and whoever makes them tidies up.
 _MANY = 100
+#: What is added to the name of a table for those of its indexes; the last one by PostgreSQL.
+_NAMES_OF_INDEXES = ("_expiry", "_user", "_pkey")
 _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 
 
@@ -85,11 +87,18 @@ class SQLStore(SessionStore):
     :param namespace: part of the table's name.
     :param name: what messages call the database.
     :param patience: seconds to wait for other processes that set up the database.
+
+    Raises ``ConfigError`` for a namespace whose table would have the name of an index of another one.
     """
 
     def __init__(
         self, connect: Connect, namespace: str = "web", *, name: str = "the database", patience: float = 5.0
     ) -> None:
+        if namespace.endswith(_NAMES_OF_INDEXES):
+            raise ConfigError(
+                f"the namespace {namespace!r} ends like an index of the table of another one, and a database has one thing "
+                f"of a name; in SQL no namespace may end with {', '.join(_NAMES_OF_INDEXES)}"
+            )
         self._connect = connect
         self._patience = patience
         self._name = name
