@@ -23,7 +23,7 @@ from .interface import PersistSessionInterface, secret_keys
 from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
 from .monthly_archive import MonthlyArchive
-from .origins import Origin, open_origin
+from .origins import FlaskCookie, Origin, open_origin
 from .records import Improvement
 from .serializers import Codec
 from .stores import open_store
@@ -155,6 +155,7 @@ class PersistSession:
     ) -> ImportReport:
         """Import all sessions of the Flask-Session stores at *urls*, or of those in ``PERSIST_SESSION_UPGRADE_FROM``.
 
+        Flask's own cookies are in no store: an entry ``"flask"`` beside others is passed over.
         Each is nobody's until its user comes with the old cookie. *dry_run*: only count. *delete*: remove each where it
         was, once it is here. *progress* is called with the number of sessions looked at since the last call.
 
@@ -164,6 +165,7 @@ class PersistSession:
         state = _state()
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
         origins = _open_origins(app, state.manager, urls, "import") if urls else state.origins
+        origins = [origin for origin in origins if origin.kind != FlaskCookie.kind] or origins
         if not origins:
             raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
         return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)

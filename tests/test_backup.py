@@ -908,6 +908,29 @@ def test_a_restore_asks_first(app: Flask, tmp_path: Path) -> None:
         assert PersistSession().store.count(SessionQuery()) == 5
 
 
+def test_where_nobody_can_be_asked_the_option_is_named(app: Flask, tmp_path: Path) -> None:
+    """As in cron: nothing is restored, and the error says how to confirm."""
+    path = json.loads(run(app, "backup", str(tmp_path), "--json")[1])["path"]
+    status, output = run(app, "restore", path, input="")
+    assert (status, "nothing was restored" in output, "--yes" in output) == (1, True, True)
+
+
+def test_an_empty_path_is_a_usage_error(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is not set neither puts a backup into the current directory nor removes older ones there."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in ["backup", ""], ["backup", "", "--keep", "1"], ["backups", ""]:
+        status, output = run(app, *arguments)
+        assert (status, "is a variable not set?" in output) == (2, True)
+    assert names(tmp_path) == []
+
+
+def test_a_directory_without_backups_is_told(app: Flask, tmp_path: Path) -> None:
+    """On standard error, as a list of nothing is no failure; so a mistyped directory does not pass in silence."""
+    result = app.test_cli_runner().invoke(args=["sessions", "backups", str(tmp_path / "b")])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"no backups in {tmp_path}/b\n")
+    assert run(app, "backups", str(tmp_path / "b"), "--json") == (0, "[]\n")
+
+
 def test_a_broken_archive_is_one_line(app: Flask, tmp_path: Path) -> None:
     """A restore of it and a listing with it end with status 1 and say what is wrong."""
     path = Path(json.loads(run(app, "backup", str(tmp_path), "--json")[1])["path"])
@@ -921,7 +944,7 @@ def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
     """``--keep`` removes older archives and says how many; without a directory it is a usage error."""
     for _ in range(3):
         status, output = run(app, "backup", str(tmp_path), "--keep", "2")
-    assert (status, output.splitlines()[1]) == (0, "removed 1 older archives")
+    assert (status, output.splitlines()[1]) == (0, "removed 1 older archive")
     assert len(list(backups_in(str(tmp_path)))) == 2
     assert run(app, "backup", str(tmp_path / "a.tgz"), "--keep", "2")[0] == 2
     assert run(app, "backup", str(tmp_path), "--keep", "0")[0] == 2
