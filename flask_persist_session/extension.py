@@ -91,6 +91,7 @@ class PersistSession:
         secret_keys(app)  # wrong ones are told now
         store = _open(app, config.store, "STORE")
         if config.migrate_from is not None:
+            _refuse_same(config.migrate_from, config.store, f"{PREFIX}MIGRATE_FROM")
             store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
         _check_lists(config, store)
         archive = _open_archive(config, app.instance_path)
@@ -181,6 +182,7 @@ class PersistSession:
         cannot be listed, ``StoreError``; what was copied until then is kept. Also raises as ``manager`` does.
         """
         state = _state()
+        _refuse_same(to, state.config.store, "migrate")
         target = _open(current_app, to, "migrate")
         try:
             return Migration(state.store, target, lambda: state.manager.clock(), progress).run()
@@ -309,6 +311,12 @@ def _open(app: Flask, store: str | SessionStore | object, source: str) -> Sessio
         return open_store(store, base_path=app.instance_path)
     except ConfigError as error:
         raise ConfigError(f"{PREFIX if source.isupper() else ''}{source}: {error}") from error
+
+
+def _refuse_same(other: object, store: object, source: str) -> None:
+    """Moving to where it is would end by removing what has ended there, and with it the memory of its end."""
+    if other == store:
+        raise ConfigError(f"{source} names the store that {PREFIX}STORE is; name the other one")
 
 
 def _open_archive(config: Config, base_path: str) -> MonthlyArchive | None:

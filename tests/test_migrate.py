@@ -420,6 +420,15 @@ def test_a_wrong_store_is_named_by_its_setting(make_app: MakeApp) -> None:
         make_app(PERSIST_SESSION_MIGRATE_FROM="sqlit:///x.db")
 
 
+def test_a_store_is_not_moved_to_itself(make_app: MakeApp, new_url: NewURL) -> None:
+    """One URL in both places is a mistake that is told: it would copy nothing, and forget what has ended."""
+    url = new_url("sqlite")
+    with pytest.raises(ConfigError, match="PERSIST_SESSION_MIGRATE_FROM names the store that PERSIST_SESSION_STORE is"):
+        make_app(url, PERSIST_SESSION_MIGRATE_FROM=url)
+    status, output = run(make_app(url), "--to", url)
+    assert (status, "migrate names the store that PERSIST_SESSION_STORE is" in output) == (1, True)
+
+
 def test_migrating_in_code(make_app: MakeApp, new_url: NewURL) -> None:
     """``sessions.migrate`` takes a URL or a store and returns the counts."""
     app, target = make_app(), open_store("memory://")
