@@ -108,7 +108,7 @@ def backups(directory: str | None, as_json: bool) -> None:
 def _line(file: BackupFile) -> str:
     size, age = terminal.size(file.bytes), _age(time.time() - file.created_at)
     counted = f"{file.manifest.records:>10,} sessions" if file.manifest else f"{'':>10} broken  "
-    verdict = "verified" if file.error is None else file.error
+    verdict = "verified" if file.error is None else terminal.one_line(file.error)
     return f"{terminal.moment(file.created_at)}  {age:>10} {counted}  {size:>9}  {file.path}: {verdict}"
 
 
@@ -183,7 +183,7 @@ def _told(report: RestoreReport) -> str:
         f"{verb} {report.restored:,} of {report.sessions:,} sessions; {report.overwritten:,} overwritten, "
         f"{report.skipped:,} skipped, {report.ended:,} ended since, {report.expired:,} expired, {report.failed:,} failed"
     ]
-    return "\n".join([*lines, *(f"failed: {reason}" for reason in report.reasons)])
+    return "\n".join([*lines, *(f"failed: {terminal.one_line(reason)}" for reason in report.reasons)])
 
 
 # Progress -------------------------------------------------------------------------------------------------------------

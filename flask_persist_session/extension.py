@@ -242,7 +242,8 @@ class PersistSession:
         :param path: a directory, made if it is missing, in which the archive is named after the time; or the archive's
             own name, which ends in ``.tar.gz`` or ``.tgz`` and must be free. Not given: ``PERSIST_SESSION_BACKUP_DIR``.
         :param include_expired: also what the next cleanup removes.
-        :param keep: remove all but the newest so many archives of the directory, once the new one is complete.
+        :param keep: remove all but the newest so many archives of the directory, once the new one is complete; only for
+            backups of all sessions.
         :param progress: is told every now and then how many more sessions were read.
 
         Sends ``backup_created``. Raises ``BackupError`` if the archive cannot be written, ``UnsupportedByStore`` where

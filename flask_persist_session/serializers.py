@@ -604,7 +604,7 @@ def record_of(
         and type(created_at) in _NUMBERS
         and type(accessed_at) in _NUMBERS
         and type(expires_at) in _NUMBERS
-        and (ended_at is None or type(ended_at) in _NUMBERS)
+        and (ended_at is None or (type(ended_at) in _NUMBERS and abs(ended_at) < LAST_MOMENT))
         and abs(created_at) < LAST_MOMENT
         and abs(accessed_at) < LAST_MOMENT
         and abs(expires_at) < LAST_MOMENT

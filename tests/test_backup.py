@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -589,6 +590,8 @@ BAD_LINES: dict[str, dict[str, Any]] = {
     "an id of another user's shard": {"user_id": "somebody else"},
     "a time that is text": {"expires_at": "9999999999"},
     "a time beyond all dates": {"expires_at": 1e300},
+    "an end beyond all dates": {"ended_at": 10**300},
+    "an end that is no number": {"ended_at": float("nan")},
     "a user that is a number": {"user_id": 7},
     "a NUL in the user": {"user_id": "a\0b"},
     "tags that are numbers": {"tags": [1]},
@@ -672,6 +675,39 @@ def test_rotation_keeps_the_newest(manager: SessionManager, clock: Clock, tmp_pa
         clock.advance(60)
     assert [found.path for found in backups_in(str(tmp_path))] == made[-2:]
     assert {"notes.txt", "sessions_backup_old.tar.gz", "sessions_backup_20200101-000000.tar.gz.part"} < set(names(tmp_path))
+
+
+def test_what_is_no_file_is_neither_counted_nor_removed(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """Directories and links that have the name of an archive stay, and keep no backup from being made."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "sessions_backup_20200101-000000.tar.gz").mkdir()
+    os.symlink(tmp_path / "mine", tmp_path / "sessions_backup_20200102-000000.tar.gz")
+    before = set(names(tmp_path))
+    first = save_archive(manager, tmp_path, keep=1).path
+    clock.advance(60)
+    second = save_archive(manager, tmp_path, keep=1)
+    assert second.removed == (first,)
+    assert set(names(tmp_path)) == before | {os.path.basename(second.path)}
+
+
+@pytest.mark.parametrize("trap", ["pipe", "directory", "link"])
+def test_a_trap_among_the_unfinished_ones_is_left_alone(manager: SessionManager, tmp_path: Path, trap: str) -> None:
+    """What somebody put there under the name of an abandoned backup neither stops nor delays another, and stays."""
+    place, other = tmp_path / ".x.unfinished-sessions-backup", tmp_path / "mine"
+    other.write_text("mine")
+    {"pipe": os.mkfifo, "directory": os.mkdir, "link": partial(os.symlink, other)}[trap](place)
+    assert save_archive(manager, tmp_path).sessions == 0
+    assert os.path.lexists(place)
+    assert other.read_text() == "mine"
+
+
+def test_a_backup_of_some_sessions_pushes_out_none_of_all(manager: SessionManager, tmp_path: Path) -> None:
+    """``keep`` goes with all sessions only: seven backups of one user would leave no complete one."""
+    save_archive(manager, tmp_path)
+    for chosen in {"user_id": "7"}, {"tenant_id": "a"}, {"tags": ["b"]}:
+        with pytest.raises(ValueError, match="would push those out"):
+            save_archive(manager, tmp_path, keep=1, **chosen)
+    assert len(names(tmp_path)) == 1
 
 
 def test_a_clock_set_back_loses_no_backup(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
@@ -938,6 +974,14 @@ def test_a_broken_archive_is_one_line(app: Flask, tmp_path: Path) -> None:
     assert run(app, "restore", str(path), "--yes") == (1, f"Error: the archive {path} is refused: it is cut off\n")
     status, output = run(app, "backups", str(tmp_path))
     assert (status, "broken" in output, "it is cut off" in output) == (1, True, True)
+
+
+def test_an_archive_commands_no_terminal(app: Flask, tmp_path: Path) -> None:
+    """What a forged archive says of itself is printed with its control characters as escapes."""
+    files = unpacked(json.loads(run(app, "backup", str(tmp_path / "b"), "--json")[1])["path"])
+    packed(tmp_path / "sessions_backup_20260101-000000.tar.gz", *edited(files, **{"\x1b[2J": 1}))
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, "\\x1b[2J" in output, "\x1b" in output) == (1, True, False)
 
 
 def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
