@@ -22,6 +22,7 @@ from flask_persist_session import (
     PersistSession,
     SessionManager,
     SessionQuery,
+    SessionRecord,
     SessionStore,
     StoreUnavailable,
     open_store,
@@ -245,6 +246,24 @@ def test_signing_out_ends_copies_in_both_stores(new_url: NewURL, clock: Clock) -
     clock.advance(10 * 86400)
     assert manager.cleanup().ended == 1
     assert manager.load(created.id) is None
+
+
+def test_what_is_removed_while_it_moves_does_not_come_back(
+    new_url: NewURL, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that others removed for good between reading it in the old store and saving it in the new one is gone."""
+    store, old = open_store(new_url("sqlite")), open_store(new_url("file"))
+    session_id = SessionManager(old, clock=clock).create({"a": 1}).id
+    read = old.get
+
+    def get_and_lose(session_id: str) -> SessionRecord | None:
+        record = read(session_id)
+        old.delete(session_id)
+        return record
+
+    monkeypatch.setattr(old, "get", get_and_lose)
+    assert SessionManager(MigratingStore(store, old), clock=clock).get(session_id) is None
+    assert (store.get(session_id), read(session_id)) == (None, None)
 
 
 def test_users_of_both_stores_are_known(new_url: NewURL, clock: Clock) -> None:

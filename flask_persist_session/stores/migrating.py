@@ -40,9 +40,12 @@ class MigratingStore(SessionStore):
                 break  # somebody else was faster
             if self.old.delete(session_id, expected=record.version):
                 return record
-            # A process that knows only the old store has changed it meanwhile.
+            # A process that knows only the old store has changed it meanwhile, or others have ended and removed it.
             expected, record = record.version, self.old.get(session_id)
-            record = record and replace(record, version=expected + 1)
+            if record is None:
+                self.store.delete(session_id, expected=expected)
+            else:
+                record = replace(record, version=expected + 1)
         # Whoever was faster has put it here, perhaps since it was found missing.
         return self.store.get(session_id)
 
