@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from flask import Flask, session
+from flask.cli import FlaskGroup
 from flask.testing import FlaskClient
 
 from flask_persist_session import (
@@ -360,6 +362,16 @@ def test_the_command_copies(make_app: MakeApp, new_url: NewURL) -> None:
         "compared 3 sessions with their copies: all alike\n",
     )
     assert open_store(url).count(SessionQuery()) == 3
+
+
+def test_the_url_can_be_given_in_the_environment(
+    make_app: MakeApp, new_url: NewURL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a password is not in the list of processes. ``flask`` sets the prefix of its variables."""
+    monkeypatch.setenv("FLASK_SESSIONS_MIGRATE_URL", new_url("file"))
+    group = FlaskGroup(create_app=lambda: make_app(new_url("sqlite")))
+    result = CliRunner().invoke(group, ["sessions", "migrate"], auto_envvar_prefix="FLASK")
+    assert (result.exit_code, result.output.startswith("copied 0 sessions")) == (0, True)
 
 
 def test_the_command_moves_the_rest(make_app: MakeApp, new_url: NewURL) -> None:
