@@ -199,13 +199,13 @@ def backups_in(directory: str, progress: Progress = silent) -> Iterator[BackupFi
     for moment, _, path in _archives(directory):
         manifest, error = None, None
         try:
+            size = os.lstat(path).st_size
             with opened(path) as file:
                 manifest = verify(file, progress)
-            size = os.path.getsize(path)
         except FileNotFoundError:
             continue  # rotated away meanwhile
         except BackupError as problem:
-            error, size = str(problem), os.path.getsize(path)
+            error = str(problem)
         yield BackupFile(path=path, created_at=moment, bytes=size, manifest=manifest, error=error)
 
 

@@ -790,6 +790,17 @@ def test_the_listing_says_what_is_broken(manager: SessionManager, clock: Clock, 
 # The extension, in the foreground and in the background ---------------------------------------------------------------
 
 
+def test_what_is_no_archive_is_listed_as_such(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """A link that leads nowhere, a directory and a pipe keep nobody from seeing the others."""
+    os.symlink(tmp_path / "nowhere", tmp_path / "sessions_backup_20200101-000000.tar.gz")
+    (tmp_path / "sessions_backup_20200102-000000.tar.gz").mkdir()
+    os.mkfifo(tmp_path / "sessions_backup_20200103-000000.tar.gz")
+    made = save_archive(manager, tmp_path).path
+    *odd, good = backups_in(str(tmp_path))
+    assert ["it is no plain file" in (found.error or "") for found in odd] == [True] * 3
+    assert (good.path, good.error) == (made, None)
+
+
 def test_the_extension_backs_up_and_restores(make_app: MakeApp, tmp_path: Path) -> None:
     """Without a path the archive goes to the instance folder; a signal tells of it."""
     app = make_app()
