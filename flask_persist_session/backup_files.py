@@ -176,8 +176,8 @@ def _moment(stamp: str) -> float | None:
 
 def newest_before(directory: str, now: float) -> float | None:
     """When the newest archive of *directory* was made, in seconds since the epoch; those from the future do not count."""
-    moments = [moment for moment, _, _ in _archives(directory) if moment <= now]
-    return moments[-1] if moments else None
+    found = reversed(_archives(directory))
+    return next((moment for moment, _, path in found if moment <= now and _is_plain(path)), None)
 
 
 def rotate(directory: str, keep: int, now: float) -> tuple[str, ...]:

@@ -278,7 +278,10 @@ def _revoke_all(manager: SessionManager, yes: bool) -> None:
 )
 def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
-    report = _manager().cleanup(older_than=older_than, dry_run=dry_run)
+    try:
+        report = _manager().cleanup(older_than=older_than, dry_run=dry_run)
+    except KeyboardInterrupt:
+        raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
     verb = "would remove" if dry_run else "removed"
     parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
     click.echo(f"{verb} {report.removed:,} sessions ({parts})")

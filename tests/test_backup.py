@@ -44,7 +44,7 @@ from flask_persist_session.announcer import Announcer
 from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
-from flask_persist_session.backup_files import backups_in
+from flask_persist_session.backup_files import backups_in, newest_before
 from flask_persist_session.stores import redis as redis_module
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
@@ -687,6 +687,9 @@ def test_what_is_no_file_is_neither_counted_nor_removed(manager: SessionManager,
     before = set(names(tmp_path))
     first = save_archive(manager, tmp_path, keep=1).path
     clock.advance(60)
+    (tmp_path / "sessions_backup_20230101-000000.tar.gz").mkdir()
+    assert newest_before(str(tmp_path), 1672531201.0) is None
+    before.add("sessions_backup_20230101-000000.tar.gz")
     second = save_archive(manager, tmp_path, keep=1)
     assert second.removed == (first,)
     assert set(names(tmp_path)) == before | {os.path.basename(second.path)}
