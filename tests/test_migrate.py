@@ -268,6 +268,24 @@ def test_what_is_removed_while_it_moves_does_not_come_back(
     assert (store.get(session_id), read(session_id)) == (None, None)
 
 
+def test_what_moves_while_it_is_removed_is_removed(new_url: NewURL, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that others move over after the new store was asked to remove it, and before the old one, is gone."""
+    store, old = open_store(new_url("sqlite")), open_store(new_url("file"))
+    both = MigratingStore(store, old)
+    session_id = SessionManager(old, clock=clock).create({"a": 1}).id
+    delete = store.delete
+
+    def delete_and_move(session_id: str, **options: Any) -> bool:
+        monkeypatch.undo()
+        deleted = delete(session_id, **options)
+        assert both.move(session_id) is not None
+        return deleted
+
+    monkeypatch.setattr(store, "delete", delete_and_move)
+    assert both.delete(session_id)
+    assert both.get(session_id) is None
+
+
 def test_users_of_both_stores_are_known(new_url: NewURL, clock: Clock) -> None:
     """Caps, lists and revocation reach sessions that have not moved yet, each once."""
     store, old = open_store(new_url("sqlite")), open_store(new_url("file"))

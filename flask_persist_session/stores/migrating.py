@@ -64,7 +64,8 @@ class MigratingStore(SessionStore):
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         deleted = self.store.delete(session_id, expected=expected)
         if deleted or expected is None:
-            return self.old.delete(session_id) or deleted
+            deleted = self.old.delete(session_id) or deleted
+            return deleted or self.store.delete(session_id)  # perhaps it moved over in between
         return self._moved(session_id, expected) and self.store.delete(session_id, expected=expected)
 
     def _moved(self, session_id: str, expected: int) -> bool:
