@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 from .archive import LARGEST_MEMBER, Progress, is_still, silent
 from .exceptions import BackupError, SerializationError
 from .record_lines import dump_record, load_line
-from .records import SessionRecord, is_id_prefix
+from .records import FIRST_MOMENT, LAST_MOMENT, SessionRecord, is_id_prefix
 from .serializers import DAMAGED
 from .stores import make_directory
 from .stores.frames import SAFELY, sync_directory
@@ -300,9 +300,10 @@ def _search(file: BinaryIO, beginning: str, progress: Progress) -> bytes | None:
 def _parsed(line: bytes, path: str) -> ArchivedSession:
     try:
         record, fields = load_line(line)
-        return ArchivedSession(
-            record=record, namespace=str(fields["namespace"]), archived_at=float(fields["archived_at"]), path=path
-        )
+        archived_at = float(fields["archived_at"])
+        if not FIRST_MOMENT <= archived_at < LAST_MOMENT:
+            raise ValueError("it was archived beyond all dates")
+        return ArchivedSession(record=record, namespace=str(fields["namespace"]), archived_at=archived_at, path=path)
     except (SerializationError, *DAMAGED) as error:
         raise BackupError(f"it has a line that is no session: {error}") from error
 

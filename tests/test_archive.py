@@ -619,7 +619,10 @@ def test_a_bomb_of_zeros_is_refused(directory: Path) -> None:
         next(read_archive(str(directory / NAME), now=NOW))
 
 
-@pytest.mark.parametrize("content", [b"[]\n", b"{}\n", b"\n", b"no line end", b'{"id":"0"}\n', b"\xff\n"])
+BEYOND = dump_record(make_record(0), namespace="web", archived_at=1e300)
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b"{}\n", b"\n", b"no line end", b'{"id":"0"}\n', b"\xff\n", BEYOND])
 def test_lines_that_are_no_session_are_refused(directory: Path, content: bytes) -> None:
     """A whole member of something else is no session."""
     directory.mkdir()
