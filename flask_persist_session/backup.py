@@ -116,6 +116,8 @@ def back_up(
         tenant_id=None if tenant_id is None else str(tenant_id),
         tags=frozenset([tags] if isinstance(tags, str) else tags),
     )
+    if keep is not None and query != SessionQuery():
+        raise ValueError("keep counts backups of all sessions; one of some of them would push those out")
     filters = {
         "user_id": query.user_id,
         "tenant_id": query.tenant_id,

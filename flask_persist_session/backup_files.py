@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import BinaryIO
 from .archive import Manifest, Progress, is_still, silent, verify
 from .exceptions import BackupError
 from .stores import make_directory
-from .stores.frames import sync_directory
+from .stores.frames import SAFELY, sync_directory
 
 _NAME = re.compile(r"sessions_backup_(\d{8}-\d{6})(?:-(\d{1,6}))?\.tar\.gz", re.ASCII)
 _FORM = "%Y%m%d-%H%M%S"
@@ -123,9 +124,19 @@ def _remove_abandoned(directory: str) -> None:
     for name in os.listdir(directory):
         if name.startswith(".") and name.endswith(_UNFINISHED):
             path = os.path.join(directory, name)
-            with suppress(FileNotFoundError), open(path, "rb") as file:
-                if _lock(file.fileno()) and is_still(path, file.fileno()):
-                    os.unlink(path)
+            # What is no file of ours, and may be somebody's trap, is left alone.
+            if _is_plain(path):
+                with suppress(FileNotFoundError), os.fdopen(os.open(path, os.O_RDONLY | SAFELY), "rb") as file:
+                    if _lock(file.fileno()) and is_still(path, file.fileno()):
+                        os.unlink(path)
+
+
+def _is_plain(path: str) -> bool:
+    """Whether *path* is a file itself: no directory, link or pipe, whatever its name."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _lock(handle: int) -> bool:
@@ -165,8 +176,8 @@ def _moment(stamp: str) -> float | None:
 
 def newest_before(directory: str, now: float) -> float | None:
     """When the newest archive of *directory* was made, in seconds since the epoch; those from the future do not count."""
-    moments = [moment for moment, _, _ in _archives(directory) if moment <= now]
-    return moments[-1] if moments else None
+    found = reversed(_archives(directory))
+    return next((moment for moment, _, path in found if moment <= now and _is_plain(path)), None)
 
 
 def rotate(directory: str, keep: int, now: float) -> tuple[str, ...]:
@@ -175,7 +186,7 @@ def rotate(directory: str, keep: int, now: float) -> tuple[str, ...]:
     Archives from the future stay, and do not count: they were made before the clock was set back, and would otherwise
     push out each new one.
     """
-    past = [path for moment, _, path in _archives(directory) if moment <= now]
+    past = [path for moment, _, path in _archives(directory) if moment <= now and _is_plain(path)]
     surplus = past[: max(0, len(past) - keep)]
     for path in surplus:
         with suppress(FileNotFoundError):  # somebody else rotates too
@@ -188,13 +199,13 @@ def backups_in(directory: str, progress: Progress = silent) -> Iterator[BackupFi
     for moment, _, path in _archives(directory):
         manifest, error = None, None
         try:
+            size = os.lstat(path).st_size
             with opened(path) as file:
                 manifest = verify(file, progress)
-            size = os.path.getsize(path)
         except FileNotFoundError:
             continue  # rotated away meanwhile
         except BackupError as problem:
-            error, size = str(problem), os.path.getsize(path)
+            error = str(problem)
         yield BackupFile(path=path, created_at=moment, bytes=size, manifest=manifest, error=error)
 
 

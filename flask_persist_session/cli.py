@@ -300,11 +300,14 @@ def _revoke_all(manager: SessionManager, yes: bool) -> None:
 )
 def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
-    for name, manager in extension().managers.items():
-        report = manager.cleanup(older_than=older_than, dry_run=dry_run)
-        verb = "would remove" if dry_run else "removed"
-        parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-        click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+    try:
+        for name, manager in extension().managers.items():
+            report = manager.cleanup(older_than=older_than, dry_run=dry_run)
+            verb = "would remove" if dry_run else "removed"
+            parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
+            click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+    except KeyboardInterrupt:
+        raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -20,8 +20,15 @@ from .exceptions import StoreError
 from .records import SessionQuery
 
 
+def check_place(context: click.Context, argument: click.Parameter, value: str | None) -> str | None:
+    """A path. An empty one comes from a variable that is not set, and would be the directory that cron happens to be in."""
+    if value == "":
+        raise click.BadParameter("it is empty; is a variable not set?", context, argument)
+    return value
+
+
 @sessions_cli.command()
-@click.argument("path", required=False, metavar="[PATH]")
+@click.argument("path", required=False, metavar="[PATH]", callback=check_place)
 @click.option("--user", metavar="ID", callback=check_given, help="Only the sessions of this user.")
 @click.option("--tenant", metavar="ID", callback=check_given, help="Only the sessions of this tenant.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions with this tag; repeatable, then with all.")
@@ -73,12 +80,12 @@ def _described(report: BackupReport) -> str:
     if report.left_out:
         lines.append(f"left out {report.left_out:,} sessions that are too large for an archive")
     if report.removed:
-        lines.append(f"removed {len(report.removed):,} older archives")
+        lines.append(f"removed {len(report.removed):,} older archive{'' if len(report.removed) == 1 else 's'}")
     return "\n".join(lines)
 
 
 @sessions_cli.command()
-@click.argument("directory", required=False, metavar="[DIRECTORY]")
+@click.argument("directory", required=False, metavar="[DIRECTORY]", callback=check_place)
 @click.option("--json", "as_json", is_flag=True, help="Print a list of JSON objects for programs.")
 def backups(directory: str | None, as_json: bool) -> None:
     """List the archives of a directory, and verify each as a whole; the exit status is 1 if one does not verify."""
@@ -92,6 +99,8 @@ def backups(directory: str | None, as_json: bool) -> None:
         raise terminal.Interrupted("interrupted: the other archives were not verified; run it again") from None
     if as_json:
         click.echo(json.dumps([_facts(file) for file in found]))
+    elif not found:
+        click.echo(f"no backups in {directory or 'PERSIST_SESSION_BACKUP_DIR'}", err=True)
     if any(file.error for file in found):
         sys.exit(1)
 
@@ -99,7 +108,7 @@ def backups(directory: str | None, as_json: bool) -> None:
 def _line(file: BackupFile) -> str:
     size, age = terminal.size(file.bytes), _age(time.time() - file.created_at)
     counted = f"{file.manifest.records:>10,} sessions" if file.manifest else f"{'':>10} broken  "
-    verdict = "verified" if file.error is None else file.error
+    verdict = "verified" if file.error is None else terminal.one_line(file.error)
     return f"{terminal.moment(file.created_at)}  {age:>10} {counted}  {size:>9}  {file.path}: {verdict}"
 
 
@@ -142,7 +151,7 @@ def _age(seconds: float) -> str:
 def restore(file: str, strategy: Strategy, dry_run: bool, sign_out: bool, yes: bool, as_json: bool) -> None:
     """Bring back the sessions of the archive FILE, while the application goes on."""
     if not (yes or dry_run):
-        click.confirm(f"Restore the sessions of {file}?", abort=True, err=True)
+        _confirm(f"Restore the sessions of {file}?")
     bar = _LateBar("restoring")
     try:
         with bar:
@@ -159,13 +168,22 @@ def restore(file: str, strategy: Strategy, dry_run: bool, sign_out: bool, yes: b
         sys.exit(1)
 
 
+def _confirm(question: str) -> None:
+    try:
+        click.confirm(question, abort=True, err=True)
+    except click.Abort:
+        raise click.ClickException(
+            "nothing was restored; where there is no terminal to ask on, confirm with --yes"
+        ) from None
+
+
 def _told(report: RestoreReport) -> str:
     verb = "would restore" if report.dry_run else "restored"
     lines = [
         f"{verb} {report.restored:,} of {report.sessions:,} sessions; {report.overwritten:,} overwritten, "
         f"{report.skipped:,} skipped, {report.ended:,} ended since, {report.expired:,} expired, {report.failed:,} failed"
     ]
-    return "\n".join([*lines, *(f"failed: {reason}" for reason in report.reasons)])
+    return "\n".join([*lines, *(f"failed: {terminal.one_line(reason)}" for reason in report.reasons)])
 
 
 # Progress -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .lifecycle import WEB
 from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
 from .monthly_archive import MonthlyArchive
-from .origins import Origin, open_origin
+from .origins import FlaskCookie, Origin, open_origin
 from .records import Improvement
 from .serializers import Codec
 from .stores import open_store
@@ -128,6 +128,7 @@ class PersistSession:
         secret_keys(app)  # wrong ones are told now
         store = _open(app, config.store, "STORE")
         if config.migrate_from is not None:
+            _refuse_same(config.migrate_from, config.store, f"{PREFIX}MIGRATE_FROM")
             store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
         _check_lists(config, store)
         archive = _open_archive(config, app.instance_path)
@@ -236,6 +237,7 @@ class PersistSession:
     ) -> ImportReport:
         """Import all sessions of the Flask-Session stores at *urls*, or of those in ``PERSIST_SESSION_UPGRADE_FROM``.
 
+        Flask's own cookies are in no store: an entry ``"flask"`` beside others is passed over.
         Each is nobody's until its user comes with the old cookie. *dry_run*: only count. *delete*: remove each where it
         was, once it is here. *progress* is called with the number of sessions looked at since the last call.
 
@@ -245,6 +247,7 @@ class PersistSession:
         state = _state()
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
         origins = _open_origins(app, state.manager, urls, "import") if urls else state.origins
+        origins = [origin for origin in origins if origin.kind != FlaskCookie.kind] or origins
         if not origins:
             raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
         return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)
@@ -260,6 +263,7 @@ class PersistSession:
         cannot be listed, ``StoreError``; what was copied until then is kept. Also raises as ``manager`` does.
         """
         state = _state()
+        _refuse_same(to, state.config.store, "migrate")
         target = _open(current_app, to, "migrate")
         try:
             return Migration(state.store, target, lambda: state.manager.clock(), progress).run()
@@ -319,7 +323,8 @@ class PersistSession:
         :param path: a directory, made if it is missing, in which the archive is named after the time; or the archive's
             own name, which ends in ``.tar.gz`` or ``.tgz`` and must be free. Not given: ``PERSIST_SESSION_BACKUP_DIR``.
         :param include_expired: also what the next cleanup removes.
-        :param keep: remove all but the newest so many archives of the directory, once the new one is complete.
+        :param keep: remove all but the newest so many archives of the directory, once the new one is complete; only for
+            backups of all sessions.
         :param progress: is told every now and then how many more sessions were read.
 
         Sends ``backup_created``. Raises ``BackupError`` if the archive cannot be written, ``UnsupportedByStore`` where
@@ -388,6 +393,12 @@ def _open(app: Flask, store: str | SessionStore | object, source: str) -> Sessio
         return open_store(store, base_path=app.instance_path)
     except ConfigError as error:
         raise ConfigError(f"{PREFIX if source.isupper() else ''}{source}: {error}") from error
+
+
+def _refuse_same(other: object, store: object, source: str) -> None:
+    """Moving to where it is would end by removing what has ended there, and with it the memory of its end."""
+    if other == store:
+        raise ConfigError(f"{source} names the store that {PREFIX}STORE is; name the other one")
 
 
 def _open_archive(config: Config, base_path: str) -> MonthlyArchive | None:

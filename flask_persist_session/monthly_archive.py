@@ -24,10 +24,10 @@ from typing import BinaryIO, NamedTuple
 from .archive import LARGEST_MEMBER, Progress, is_still, silent
 from .exceptions import BackupError, SerializationError
 from .record_lines import dump_record, load_line
-from .records import SessionRecord, is_id_prefix
+from .records import FIRST_MOMENT, LAST_MOMENT, SessionRecord, is_id_prefix
 from .serializers import DAMAGED
 from .stores import make_directory
-from .stores.frames import sync_directory
+from .stores.frames import SAFELY, sync_directory
 
 _NAME = re.compile(r"sessions_archive_\d{6}\.jsonl\.gz", re.ASCII)
 #: gzip, deflate, an extra field; no time, unknown system; 8 bytes of extra field, of which "PS" has 4: the length.
@@ -162,7 +162,7 @@ def _month(now: float) -> str:
 def _locked(path: str) -> Iterator[int]:
     """The archive, open and locked; made if it is missing."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if is_still(path, handle):  # and was not moved away while we waited
@@ -300,9 +300,10 @@ def _search(file: BinaryIO, beginning: str, progress: Progress) -> bytes | None:
 def _parsed(line: bytes, path: str) -> ArchivedSession:
     try:
         record, fields = load_line(line)
-        return ArchivedSession(
-            record=record, namespace=str(fields["namespace"]), archived_at=float(fields["archived_at"]), path=path
-        )
+        archived_at = float(fields["archived_at"])
+        if not FIRST_MOMENT <= archived_at < LAST_MOMENT:
+            raise ValueError("it was archived beyond all dates")
+        return ArchivedSession(record=record, namespace=str(fields["namespace"]), archived_at=archived_at, path=path)
     except (SerializationError, *DAMAGED) as error:
         raise BackupError(f"it has a line that is no session: {error}") from error
 

@@ -298,9 +298,10 @@ class _Redis(_FlaskSession):
         from redis import RedisError
 
         pattern = re.sub(r"([*?\[\]\\])", r"\\\1", self._options.prefix) + "*"
-        names = self._clients().scan_iter(match=pattern, count=_PAGE)
+        names: Iterator[bytes] | None = None
         while True:
             try:
+                names = names or self._clients().scan_iter(match=pattern, count=_PAGE)
                 keys = [name.decode("utf-8", "replace") for name in islice(names, _PAGE)]
             except RedisError as error:
                 raise StoreUnavailable(f"{self} cannot be listed: {error}") from error

@@ -14,6 +14,8 @@ State: TypeAlias = Literal["active", "expired", "ended"]
 Position: TypeAlias = "tuple[float | str, str]"
 
 ORDERS = ("id", "created_at", "accessed_at", "expires_at")
+#: The year 1 in seconds since the epoch; Python has no date before.
+FIRST_MOMENT = -62_135_596_800.0
 #: The year 9000 in seconds since the epoch; a date of the year 10000 is none for Python.
 LAST_MOMENT = 221_845_392_000.0
 _SESSION_ID = re.compile(r"[0-3][0-9a-f]{66}", re.ASCII)

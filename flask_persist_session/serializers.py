@@ -26,7 +26,7 @@ from itsdangerous import Signer, want_bytes
 from markupsafe import Markup
 
 from .exceptions import SerializationError
-from .records import JSON, LAST_MOMENT, SessionRecord, is_session_id
+from .records import FIRST_MOMENT, JSON, LAST_MOMENT, SessionRecord, is_session_id
 
 _Type: TypeAlias = type
 _Convert: TypeAlias = Callable[[Any, int], Any]
@@ -604,10 +604,10 @@ def record_of(
         and type(created_at) in _NUMBERS
         and type(accessed_at) in _NUMBERS
         and type(expires_at) in _NUMBERS
-        and (ended_at is None or type(ended_at) in _NUMBERS)
-        and abs(created_at) < LAST_MOMENT
-        and abs(accessed_at) < LAST_MOMENT
-        and abs(expires_at) < LAST_MOMENT
+        and (ended_at is None or (type(ended_at) in _NUMBERS and FIRST_MOMENT <= ended_at < LAST_MOMENT))
+        and FIRST_MOMENT <= created_at < LAST_MOMENT
+        and FIRST_MOMENT <= accessed_at < LAST_MOMENT
+        and FIRST_MOMENT <= expires_at < LAST_MOMENT
     ):
         raise TypeError("a field is of the wrong type or out of range")
     return SessionRecord(

@@ -146,7 +146,12 @@ ODD_FIELDS: dict[str, dict[str, Any]] = {
     "fractions": {"created_at": 0.1 + 0.2, "accessed_at": 1e-3, "expires_at": 1_700_000_000.123_456_7},
     "zero": {"created_at": 0.0, "accessed_at": 0.0, "expires_at": 0.0, "ended_at": 0.0},
     "before the epoch": {"created_at": -1e9, "accessed_at": -0.5, "expires_at": -1e-3, "ended_at": -7.0},
-    "far away": {"created_at": 5e-324, "accessed_at": 2.0**37, "expires_at": 221_845_391_999.999, "ended_at": 1e12},
+    "far away": {
+        "created_at": 5e-324,
+        "accessed_at": 2.0**37,
+        "expires_at": 221_845_391_999.999,
+        "ended_at": 2.0**37 + 0.5,
+    },
     "ended": {"ended_at": 1_700_000_200.5, "end_reason": "logout"},
     "expired long ago": {"created_at": 1.0, "accessed_at": 2.0, "expires_at": 3.0},
 }

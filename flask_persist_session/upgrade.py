@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Literal, TypeAlias
 
+from .config import LONGEST
 from .exceptions import SerializationError, SessionTooLarge, StoreError
 from .manager import SessionManager
 from .origins import OldSession, Origin, Read
@@ -65,14 +66,20 @@ class TakeOver:
     def _read(self, read: Read, session_id: str) -> OldSession | None:
         """The session, if there is a valid one with data that can be kept here."""
         try:
-            old = read()
-            if old is None or not old.data or old.expires_at <= self._manager.clock():
-                return None
-            self._manager.storable(old.data)
+            old = _valid(read(), self._manager.clock())
+            if old is not None:
+                self._manager.storable(old.data)
         except (SerializationError, SessionTooLarge) as error:
             _log_unreadable(session_id, error)
             return None
         return old
+
+
+def _valid(old: OldSession | None, now: float) -> OldSession | None:
+    """*old* if it has not expired and has data. "Never" is beyond what a date can be in some stores, here it is far."""
+    if old is None or not old.data or old.expires_at <= now:
+        return None
+    return replace(old, expires_at=min(old.expires_at, now + LONGEST))
 
 
 def _log_unreadable(session_id: str, error: Exception) -> None:
@@ -136,8 +143,8 @@ class Import:
     def _prepare(self, key: str, read: Read) -> Change | Fate:
         session_id = foreign_id(self._origin.kind, key)
         try:
-            old = read()
-            if old is None or not old.data or old.expires_at <= self._manager.clock():
+            old = _valid(read(), self._manager.clock())
+            if old is None:
                 return "expired"
             return Change(record=self._manager.imported(session_id, old.data, old.expires_at), expected=0)
         except (SerializationError, SessionTooLarge) as error:

@@ -445,6 +445,19 @@ def test_a_disk_that_fails_at_the_end_leaves_nothing(
     assert archived_ids(directory / NAME) == [expired(1).id]
 
 
+def test_a_link_in_place_of_an_archive_is_not_followed(memory: SessionStore, directory: Path, tmp_path: Path) -> None:
+    """It might lead to any file of this user: nothing is written there, and nothing is removed from the store."""
+    fill(memory, 3)
+    directory.mkdir()
+    other = tmp_path / "mine"
+    other.touch()
+    os.symlink(other, directory / f"sessions_archive_{datetime.fromtimestamp(NOW, timezone.utc):%Y%m}.jsonl.gz")
+    with pytest.raises(BackupError, match="cannot be written"):
+        manager_of(memory, directory).cleanup()
+    assert other.read_bytes() == b""
+    assert len(list(memory.scan())) == 3
+
+
 def test_the_sweeper_logs_it_and_goes_on(memory: SessionStore, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The run that cannot archive is told in the log, and a later one does the work."""
     fill(memory, 3)
@@ -606,7 +619,10 @@ def test_a_bomb_of_zeros_is_refused(directory: Path) -> None:
         next(read_archive(str(directory / NAME), now=NOW))
 
 
-@pytest.mark.parametrize("content", [b"[]\n", b"{}\n", b"\n", b"no line end", b'{"id":"0"}\n', b"\xff\n"])
+BEYOND = dump_record(make_record(0), namespace="web", archived_at=1e300)
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b"{}\n", b"\n", b"no line end", b'{"id":"0"}\n', b"\xff\n", BEYOND])
 def test_lines_that_are_no_session_are_refused(directory: Path, content: bytes) -> None:
     """A whole member of something else is no session."""
     directory.mkdir()

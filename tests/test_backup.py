@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from flask_persist_session.announcer import Announcer
 from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
-from flask_persist_session.backup_files import backups_in
+from flask_persist_session.backup_files import backups_in, newest_before
 from flask_persist_session.stores import redis as redis_module
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
@@ -589,6 +590,10 @@ BAD_LINES: dict[str, dict[str, Any]] = {
     "an id of another user's shard": {"user_id": "somebody else"},
     "a time that is text": {"expires_at": "9999999999"},
     "a time beyond all dates": {"expires_at": 1e300},
+    "a time before all dates": {"created_at": -2e11},
+    "an end beyond all dates": {"ended_at": 10**300},
+    "an end before all dates": {"ended_at": -2e11},
+    "an end that is no number": {"ended_at": float("nan")},
     "a user that is a number": {"user_id": 7},
     "a NUL in the user": {"user_id": "a\0b"},
     "tags that are numbers": {"tags": [1]},
@@ -674,6 +679,42 @@ def test_rotation_keeps_the_newest(manager: SessionManager, clock: Clock, tmp_pa
     assert {"notes.txt", "sessions_backup_old.tar.gz", "sessions_backup_20200101-000000.tar.gz.part"} < set(names(tmp_path))
 
 
+def test_what_is_no_file_is_neither_counted_nor_removed(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """Directories and links that have the name of an archive stay, and keep no backup from being made."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "sessions_backup_20200101-000000.tar.gz").mkdir()
+    os.symlink(tmp_path / "mine", tmp_path / "sessions_backup_20200102-000000.tar.gz")
+    before = set(names(tmp_path))
+    first = save_archive(manager, tmp_path, keep=1).path
+    clock.advance(60)
+    (tmp_path / "sessions_backup_20230101-000000.tar.gz").mkdir()
+    assert newest_before(str(tmp_path), 1672531201.0) is None
+    before.add("sessions_backup_20230101-000000.tar.gz")
+    second = save_archive(manager, tmp_path, keep=1)
+    assert second.removed == (first,)
+    assert set(names(tmp_path)) == before | {os.path.basename(second.path)}
+
+
+@pytest.mark.parametrize("trap", ["pipe", "directory", "link"])
+def test_a_trap_among_the_unfinished_ones_is_left_alone(manager: SessionManager, tmp_path: Path, trap: str) -> None:
+    """What somebody put there under the name of an abandoned backup neither stops nor delays another, and stays."""
+    place, other = tmp_path / ".x.unfinished-sessions-backup", tmp_path / "mine"
+    other.write_text("mine")
+    {"pipe": os.mkfifo, "directory": os.mkdir, "link": partial(os.symlink, other)}[trap](place)
+    assert save_archive(manager, tmp_path).sessions == 0
+    assert os.path.lexists(place)
+    assert other.read_text() == "mine"
+
+
+def test_a_backup_of_some_sessions_pushes_out_none_of_all(manager: SessionManager, tmp_path: Path) -> None:
+    """``keep`` goes with all sessions only: seven backups of one user would leave no complete one."""
+    save_archive(manager, tmp_path)
+    for chosen in {"user_id": "7"}, {"tenant_id": "a"}, {"tags": ["b"]}:
+        with pytest.raises(ValueError, match="would push those out"):
+            save_archive(manager, tmp_path, keep=1, **chosen)
+    assert len(names(tmp_path)) == 1
+
+
 def test_a_clock_set_back_loses_no_backup(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
     """A new backup is never the one to make room, and those from the future stay until their time comes."""
     future = [save_archive(manager, tmp_path, keep=2).path]
@@ -752,6 +793,17 @@ def test_the_listing_says_what_is_broken(manager: SessionManager, clock: Clock, 
 
 
 # The extension, in the foreground and in the background ---------------------------------------------------------------
+
+
+def test_what_is_no_archive_is_listed_as_such(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """A link that leads nowhere, a directory and a pipe keep nobody from seeing the others."""
+    os.symlink(tmp_path / "nowhere", tmp_path / "sessions_backup_20200101-000000.tar.gz")
+    (tmp_path / "sessions_backup_20200102-000000.tar.gz").mkdir()
+    os.mkfifo(tmp_path / "sessions_backup_20200103-000000.tar.gz")
+    made = save_archive(manager, tmp_path).path
+    *odd, good = backups_in(str(tmp_path))
+    assert ["it is no plain file" in (found.error or "") for found in odd] == [True] * 3
+    assert (good.path, good.error) == (made, None)
 
 
 def test_the_extension_backs_up_and_restores(make_app: MakeApp, tmp_path: Path) -> None:
@@ -908,6 +960,29 @@ def test_a_restore_asks_first(app: Flask, tmp_path: Path) -> None:
         assert PersistSession().store.count(SessionQuery()) == 5
 
 
+def test_where_nobody_can_be_asked_the_option_is_named(app: Flask, tmp_path: Path) -> None:
+    """As in cron: nothing is restored, and the error says how to confirm."""
+    path = json.loads(run(app, "backup", str(tmp_path), "--json")[1])["path"]
+    status, output = run(app, "restore", path, input="")
+    assert (status, "nothing was restored" in output, "--yes" in output) == (1, True, True)
+
+
+def test_an_empty_path_is_a_usage_error(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is not set neither puts a backup into the current directory nor removes older ones there."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in ["backup", ""], ["backup", "", "--keep", "1"], ["backups", ""]:
+        status, output = run(app, *arguments)
+        assert (status, "is a variable not set?" in output) == (2, True)
+    assert names(tmp_path) == []
+
+
+def test_a_directory_without_backups_is_told(app: Flask, tmp_path: Path) -> None:
+    """On standard error, as a list of nothing is no failure; so a mistyped directory does not pass in silence."""
+    result = app.test_cli_runner().invoke(args=["sessions", "backups", str(tmp_path / "b")])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"no backups in {tmp_path}/b\n")
+    assert run(app, "backups", str(tmp_path / "b"), "--json") == (0, "[]\n")
+
+
 def test_a_broken_archive_is_one_line(app: Flask, tmp_path: Path) -> None:
     """A restore of it and a listing with it end with status 1 and say what is wrong."""
     path = Path(json.loads(run(app, "backup", str(tmp_path), "--json")[1])["path"])
@@ -917,11 +992,19 @@ def test_a_broken_archive_is_one_line(app: Flask, tmp_path: Path) -> None:
     assert (status, "broken" in output, "it is cut off" in output) == (1, True, True)
 
 
+def test_an_archive_commands_no_terminal(app: Flask, tmp_path: Path) -> None:
+    """What a forged archive says of itself is printed with its control characters as escapes."""
+    files = unpacked(json.loads(run(app, "backup", str(tmp_path / "b"), "--json")[1])["path"])
+    packed(tmp_path / "sessions_backup_20260101-000000.tar.gz", *edited(files, **{"\x1b[2J": 1}))
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, "\\x1b[2J" in output, "\x1b" in output) == (1, True, False)
+
+
 def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
     """``--keep`` removes older archives and says how many; without a directory it is a usage error."""
     for _ in range(3):
         status, output = run(app, "backup", str(tmp_path), "--keep", "2")
-    assert (status, output.splitlines()[1]) == (0, "removed 1 older archives")
+    assert (status, output.splitlines()[1]) == (0, "removed 1 older archive")
     assert len(list(backups_in(str(tmp_path)))) == 2
     assert run(app, "backup", str(tmp_path / "a.tgz"), "--keep", "2")[0] == 2
     assert run(app, "backup", str(tmp_path), "--keep", "0")[0] == 2

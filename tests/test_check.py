@@ -246,8 +246,12 @@ def test_foreign_files_stay(files: SessionStore, root: Path) -> None:
     (path_of(root).parent / f"{'f' * 67}.session").write_text("no id of a session")
     os.symlink("/etc/passwd", path_of(root).with_name(f"{RECORD.id[:3]}{'0' * 64}.session"))
     os.mkfifo(path_of(root).with_name(f"{RECORD.id[:3]}{'1' * 64}.session"))
-    assert kinds(files, repair=True) == [("foreign", False)] * 5
-    assert kinds(files) == [("foreign", False)] * 5
+    shard = next(shard for shard in ("000", "001") if not RECORD.id.startswith(shard))
+    (root / shard).write_text("no directory of sessions")
+    assert kinds(files, repair=True) == [("foreign", False)] * 6
+    assert kinds(files) == [("foreign", False)] * 6
+    assert [record.id for record in files.scan()] == [RECORD.id]  # nothing of the store reads them
+    assert files.count(SessionQuery()) == 1
 
 
 def test_creation_that_is_under_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

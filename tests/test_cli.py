@@ -614,6 +614,16 @@ def test_revoke_in_a_pipe_needs_yes(app: Flask, arguments: list[str]) -> None:
     assert listed(app, "--state", "active") == [active]
 
 
+def test_an_interrupted_cleanup_says_what_to_do(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends it with status 130 and a line."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SessionManager, "cleanup", interrupt)
+    assert run(app, "cleanup") == (130, "Error: interrupted: what was removed is gone; run it again for the rest\n")
+
+
 def test_revoking_all_can_be_interrupted_and_started_again(store: SessionStore, clock: Clock) -> None:
     """What was ended before stays ended, the rest is as it was, and a second run ends it; nothing is ended twice."""
     manager = SessionManager(store, clock=clock)

@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore, upgrade
 from flask_persist_session.upgrade import Import
+from tests.servers import free_port
 from tests.taken_over import ORIGINS, SECRET, Former, add_views, cookie_of, former_app, with_cookie
 
 MakeApp = Callable[..., Flask]
@@ -70,6 +71,20 @@ def test_an_import_can_be_repeated(make_former: Callable[..., Former], make_app:
     with_cookie(app, first).get("/clear")
     run(app)
     assert with_cookie(app, first).get("/me").text == "nobody"
+
+
+def test_cookies_beside_a_store_are_passed_over(make_former: Callable[..., Former], make_app: MakeApp) -> None:
+    """Who takes over from both imports the store, as there is nothing to be imported of cookies."""
+    former = make_former("redis")
+    sign_in(former, "Ada")
+    app = make_app(PERSIST_SESSION_UPGRADE_FROM=["flask", former.url])
+    assert run(app) == (0, "imported 1 sessions (0 already there, 0 expired, 0 unreadable)\n")
+
+
+def test_an_old_server_that_is_down_is_told(make_app: MakeApp) -> None:
+    """In one line, with status 1."""
+    status, output = run(make_app(), "--from", f"flask-session+redis://127.0.0.1:{free_port()}/0?timeout=0.2")
+    assert (status, output.count("\n"), "cannot be listed" in output) == (1, 1, True)
 
 
 @pytest.mark.parametrize("kind", LISTED)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from flask import Flask, session
+from flask.cli import FlaskGroup
 from flask.testing import FlaskClient
 
 from flask_persist_session import (
@@ -22,6 +24,7 @@ from flask_persist_session import (
     PersistSession,
     SessionManager,
     SessionQuery,
+    SessionRecord,
     SessionStore,
     StoreUnavailable,
     open_store,
@@ -247,6 +250,42 @@ def test_signing_out_ends_copies_in_both_stores(new_url: NewURL, clock: Clock) -
     assert manager.load(created.id) is None
 
 
+def test_what_is_removed_while_it_moves_does_not_come_back(
+    new_url: NewURL, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that others removed for good between reading it in the old store and saving it in the new one is gone."""
+    store, old = open_store(new_url("sqlite")), open_store(new_url("file"))
+    session_id = SessionManager(old, clock=clock).create({"a": 1}).id
+    read = old.get
+
+    def get_and_lose(session_id: str) -> SessionRecord | None:
+        record = read(session_id)
+        old.delete(session_id)
+        return record
+
+    monkeypatch.setattr(old, "get", get_and_lose)
+    assert SessionManager(MigratingStore(store, old), clock=clock).get(session_id) is None
+    assert (store.get(session_id), read(session_id)) == (None, None)
+
+
+def test_what_moves_while_it_is_removed_is_removed(new_url: NewURL, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that others move over after the new store was asked to remove it, and before the old one, is gone."""
+    store, old = open_store(new_url("sqlite")), open_store(new_url("file"))
+    both = MigratingStore(store, old)
+    session_id = SessionManager(old, clock=clock).create({"a": 1}).id
+    delete = store.delete
+
+    def delete_and_move(session_id: str, **options: Any) -> bool:
+        monkeypatch.undo()
+        deleted = delete(session_id, **options)
+        assert both.move(session_id) is not None
+        return deleted
+
+    monkeypatch.setattr(store, "delete", delete_and_move)
+    assert both.delete(session_id)
+    assert both.get(session_id) is None
+
+
 def test_users_of_both_stores_are_known(new_url: NewURL, clock: Clock) -> None:
     """Caps, lists and revocation reach sessions that have not moved yet, each once."""
     store, old = open_store(new_url("sqlite")), open_store(new_url("file"))
@@ -343,6 +382,16 @@ def test_the_command_copies(make_app: MakeApp, new_url: NewURL) -> None:
     assert open_store(url).count(SessionQuery()) == 3
 
 
+def test_the_url_can_be_given_in_the_environment(
+    make_app: MakeApp, new_url: NewURL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a password is not in the list of processes. ``flask`` sets the prefix of its variables."""
+    monkeypatch.setenv("FLASK_SESSIONS_MIGRATE_URL", new_url("file"))
+    group = FlaskGroup(create_app=lambda: make_app(new_url("sqlite")))
+    result = CliRunner().invoke(group, ["sessions", "migrate"], auto_envvar_prefix="FLASK")
+    assert (result.exit_code, result.output.startswith("copied 0 sessions")) == (0, True)
+
+
 def test_the_command_moves_the_rest(make_app: MakeApp, new_url: NewURL) -> None:
     """Without ``--to`` it moves what the store of ``PERSIST_SESSION_MIGRATE_FROM`` still has."""
     old_url = new_url("file")
@@ -418,6 +467,15 @@ def test_a_wrong_store_is_named_by_its_setting(make_app: MakeApp) -> None:
     """A URL that is wrong raises with the setting that holds it."""
     with pytest.raises(ConfigError, match=r"PERSIST_SESSION_MIGRATE_FROM: .*unknown scheme"):
         make_app(PERSIST_SESSION_MIGRATE_FROM="sqlit:///x.db")
+
+
+def test_a_store_is_not_moved_to_itself(make_app: MakeApp, new_url: NewURL) -> None:
+    """One URL in both places is a mistake that is told: it would copy nothing, and forget what has ended."""
+    url = new_url("sqlite")
+    with pytest.raises(ConfigError, match="PERSIST_SESSION_MIGRATE_FROM names the store that PERSIST_SESSION_STORE is"):
+        make_app(url, PERSIST_SESSION_MIGRATE_FROM=url)
+    status, output = run(make_app(url), "--to", url)
+    assert (status, "migrate names the store that PERSIST_SESSION_STORE is" in output) == (1, True)
 
 
 def test_migrating_in_code(make_app: MakeApp, new_url: NewURL) -> None:

@@ -269,6 +269,19 @@ def test_a_key_of_another_type_is_logged_and_ignored(make_ours: MakeApp, redis_s
     redis_server.client().delete(f"list{os.getpid()}:zzz")
 
 
+def test_a_session_that_is_to_last_beyond_all_dates_is_taken_over(make_ours: MakeApp, redis_server: RedisServer) -> None:
+    """As one that lasts for a hundred years; its old cookie opens nothing for as long."""
+    prefix = f"far{os.getpid()}:"
+    client = redis_server.client()
+    client.set(f"{prefix}zzz", b'{"_user_id": "Ada"}', px=10**16)
+    app = make_ours(f"flask-session+{redis_server.url}?prefix={prefix}")
+    ours = with_cookie(app, "zzz")
+    assert [ours.get("/me").text for _ in range(2)] == ["Ada", "Ada"]
+    client.set(f"{prefix}zzz", b'{"_user_id": "Ada"}')
+    assert with_cookie(app, "zzz").get("/me").text == "nobody"
+    client.delete(f"{prefix}zzz")
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.mkdir, (f"{os.environ['EVIL']}/evil",)

@@ -54,6 +54,7 @@ from typing import NoReturn, TypeAlias
 
 from ..exceptions import ConfigError, SerializationError, SessionConflict, UnsupportedByStore
 from ..records import (
+    FIRST_MOMENT,
     LAST_MOMENT,
     Change,
     Deletion,
@@ -333,7 +334,8 @@ def check_save(record: SessionRecord, expected: int) -> None:
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
     if record.version != expected + 1 and (expected or record.version < 1):
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
-    if not (abs(record.created_at) < LAST_MOMENT > abs(record.accessed_at) and abs(record.expires_at) < LAST_MOMENT):
+    times = (record.created_at, record.accessed_at, record.expires_at, record.ended_at or 0.0)
+    if not all(FIRST_MOMENT <= time < LAST_MOMENT for time in times):
         raise ValueError(f"a time of session {record.id} is no moment up to the year 9000, in seconds since the epoch")
     _check_name("user_id", record.user_id)
     _check_name("tenant_id", record.tenant_id)

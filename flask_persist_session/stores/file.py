@@ -337,14 +337,17 @@ class FileStore(SessionStore):
 
 
 def _names(folder: str, suffix: str) -> Iterator[str]:
-    """The names with *suffix* in *folder*, without it; none if there is no such folder."""
+    """The names with *suffix* of files in *folder*, without it; none if there is no such folder.
+
+    What is no file is foreign, as a check says, and must not keep everybody from listing, backing up and cleaning up.
+    """
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(suffix)
-                if entry.name.endswith(suffix) and is_session_id(name):
+                if entry.name.endswith(suffix) and is_session_id(name) and entry.is_file(follow_symlinks=False):
                     yield name
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise failure(error) from error

@@ -120,7 +120,7 @@ class FileCheck:
         """Whether a file or directory is this user's alone."""
         try:
             found = os.lstat(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         if stat.S_ISLNK(found.st_mode):
             yield _foreign(path)

@@ -46,9 +46,12 @@ class MigratingStore(SessionStore):
             self.move_history(session_id)
             if self.old.delete(session_id, expected=record.version):
                 return record
-            # A process that knows only the old store has changed it meanwhile.
+            # A process that knows only the old store has changed it meanwhile, or others have ended and removed it.
             expected, record = record.version, self.old.get(session_id)
-            record = record and replace(record, version=expected + 1)
+            if record is None:
+                self.store.delete(session_id, expected=expected)
+            else:
+                record = replace(record, version=expected + 1)
         # Whoever was faster has put it here, perhaps since it was found missing.
         return self.store.get(session_id)
 
@@ -93,7 +96,8 @@ class MigratingStore(SessionStore):
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         deleted = self.store.delete(session_id, expected=expected)
         if deleted or expected is None:
-            return self.old.delete(session_id) or deleted
+            deleted = self.old.delete(session_id) or deleted
+            return deleted or self.store.delete(session_id)  # perhaps it moved over in between
         return self._moved(session_id, expected) and self.store.delete(session_id, expected=expected)
 
     def _moved(self, session_id: str, expected: int) -> bool:
