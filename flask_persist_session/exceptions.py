@@ -25,11 +25,12 @@ class SerializationError(PersistSessionError):
 
 
 class SessionTooLarge(PersistSessionError):
-    """The payload exceeds ``PERSIST_SESSION_MAX_BYTES``; the message names the largest keys."""
+    """The payload exceeds ``PERSIST_SESSION_MAX_BYTES``, and the message names the largest keys; or a history would have
+    more entries than are allowed."""
 
 
 class SessionConflict(PersistSessionError):
-    """A record was not at the expected version: somebody else created, changed, ended or deleted it."""
+    """A record was not at the expected version, or a history not at the expected number: somebody else was faster."""
 
 
 class HistoryConflict(SessionConflict):

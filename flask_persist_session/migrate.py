@@ -5,17 +5,20 @@ It copies them, or moves over what is left.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from .exceptions import SessionConflict, UnsupportedByStore
+from .exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
 from .stores.history import copy_history
 from .stores.migrating import MigratingStore
+
+log = logging.getLogger("flask_persist_session")
 
 _BATCH = 200
 #: So many sessions are compared at the end, chosen at random among all.
@@ -26,7 +29,7 @@ SAMPLE = 1000
 class MigrationReport:
     """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
     in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
-    stores at the end; *different* are the ids of those that are not alike."""
+    stores at the end; *different* are the ids of those that are not alike, and of those with damaged histories."""
 
     copied: int = 0
     updated: int = 0
@@ -62,6 +65,8 @@ class Migration:
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
+        #: Ids of sessions whose histories could not be read to the end.
+        self._damaged: dict[str, None] = {}
 
     def run(self) -> MigrationReport:
         """Copy everything, then what has changed meanwhile, then compare a sample.
@@ -76,7 +81,7 @@ class Migration:
         self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
         self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
         compared, different = self._compare()
-        return MigrationReport(**self._counts, compared=compared, different=different)
+        return MigrationReport(**self._counts, compared=compared, different=(*different, *self._damaged))
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
@@ -85,7 +90,11 @@ class Migration:
             saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
-                self._copy_history(record.id)
+                try:
+                    self._copy_history(record.id)
+                except SerializationError as error:
+                    log.warning("the history of session %s was not copied to its end: %s", record.id, error)
+                    self._damaged[record.id] = None
             if not again:
                 self._counts["expired"] += len(batch) - len(wanted)
                 self._progress(len(batch))

@@ -698,18 +698,40 @@ def test_whatever_is_done_to_a_history_moves_it(new_url: NewURL, use: str) -> No
 
 
 @pytest.mark.parametrize("moved", [0, 2, 5])
-@pytest.mark.parametrize("then", ["read", "end", "delete"])
+@pytest.mark.parametrize("then", ["read", "append", "end", "clear", "delete"])
 def test_a_move_that_was_cut_off(new_url: NewURL, moved: int, then: str) -> None:
-    """A session of whose history a part was moved is moved on when it is used, and nothing of it comes back."""
+    """A session of whose history a part was moved is moved on when it is used, and what is removed does not come back."""
     stores = both(new_url)
     stores.store.save(RECORD, expected=0)
     stores.store.history.restore(RECORD.id, stores.old.history.read(RECORD.id, limit=moved))
-    if then == "end":
+    wanted = [1, 2, 3, 4, 5]
+    if then == "append":
+        wanted.append(append(stores, 6))
+    elif then == "end":
         stores.save(following(RECORD, ended_at=2.0), expected=1)
-    elif then == "delete":
-        assert stores.delete(RECORD.id)
-    assert numbers(stores) == ([] if then == "delete" else [1, 2, 3, 4, 5])
-    assert stores.old.history.count(RECORD.id) == 0
+        assert stores.old.history.count(RECORD.id) == 0
+    elif then != "read":
+        assert stores.delete(RECORD.id) if then == "delete" else stores.history.delete(RECORD.id)
+        wanted = []
+    for _ in range(2):
+        assert numbers(stores) == wanted
+
+
+def test_two_that_move_a_history_towards_each_other(new_url: NewURL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While processes have the stores the other way round, as in a rolling restart, none removes what another one moved."""
+    stores = both(new_url)
+    reverse = MigratingStore(stores.old, stores.store)
+    delete = stores.old.delete
+
+    def meanwhile(session_id: str, **options: Any) -> bool:
+        monkeypatch.undo()
+        assert numbers(reverse) == [1, 2, 3, 4, 5]
+        return delete(session_id, **options)
+
+    monkeypatch.setattr(stores.old, "delete", meanwhile)
+    assert stores.get(RECORD.id) == RECORD
+    assert numbers(stores) == [1, 2, 3, 4, 5]
+    assert numbers(reverse) == numbers(stores) == numbers(reverse) == [1, 2, 3, 4, 5]
 
 
 def test_a_store_without_histories_takes_no_session_that_has_one(new_url: NewURL) -> None:
@@ -739,6 +761,37 @@ def test_a_migration_copies_histories(new_url: NewURL) -> None:
     migration().run()
     assert numbers(target) == [1, 2, 3, 4, 5, 6]
     assert [entry.data for entry in target.history.read(other.id)] == [b"a", b"b"]
+
+
+def damage_entry(store: SessionStore, seq: int) -> None:
+    """Damage an entry of a file store."""
+    [path] = Path(store._folder).rglob(f"{RECORD.id}.history")  # type: ignore[attr-defined]
+    path.write_bytes(path.read_bytes().replace(b"entry %d" % seq, b"entry ?"))
+
+
+def test_a_damaged_history_is_not_moved(new_url: NewURL) -> None:
+    """The session moves all the same; its history tells that it is damaged, and nothing of it is lost."""
+    stores = both(new_url)
+    damage_entry(stores.old, 3)
+    assert stores.get(RECORD.id) == stores.get(RECORD.id) == RECORD
+    for use in partial(numbers, stores), partial(append, stores, 6), partial(stores.history.count, RECORD.id):
+        with pytest.raises(SerializationError, match="entry 3"):
+            use()
+    stores.save(following(RECORD, ended_at=2.0), expected=1)
+    assert [is_readable(stores.old, seq) for seq in (1, 2, 3, 4, 5)] == [True, True, False, True, True]
+
+
+def test_a_migration_goes_on_behind_a_damaged_history(new_url: NewURL) -> None:
+    """A migration copies what comes behind a damaged history, and tells of it."""
+    source, target = opened(new_url("file"), 5), opening(new_url("sqlite"))
+    damage_entry(source, 3)
+    others = [make_record(number) for number in range(2, 8)]
+    for other in others:
+        source.save(other, expected=0)
+        source.history.append(other.id, [b"a"], created_at=1.0)
+    report = Migration(source, target, lambda: 1_700_000_200.0).run()
+    assert (report.copied, report.different) == (7, (RECORD.id,))
+    assert [target.history.count(other.id) for other in others] == [1] * 6
 
 
 def test_a_damaged_session_takes_no_entry(file_url: str) -> None:

@@ -7,14 +7,18 @@ history moves with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 
-from ..exceptions import SessionConflict, SessionNotFound, UnsupportedByStore
+from ..exceptions import SerializationError, SessionConflict, SessionNotFound, UnsupportedByStore
 from ..records import Change, Deletion, Finding, Improvement, LogEntry, SessionQuery, SessionRecord
 from .base import SessionStore, check_transaction, conflict, ignore, order_and_cut
 from .history import HistoryLog, copy_history
+
+log = logging.getLogger("flask_persist_session")
 
 
 class MigratingStore(SessionStore):
@@ -41,10 +45,8 @@ class MigratingStore(SessionStore):
             try:
                 self.store.save(record, expected=expected)
             except SessionConflict:
-                self.move_history(session_id)
                 break  # somebody else was faster
-            self.move_history(session_id)
-            if self.old.delete(session_id, expected=record.version):
+            if not self._took_history(session_id) or self.old.delete(session_id, expected=record.version):
                 return record
             # A process that knows only the old store has changed it meanwhile, or others have ended and removed it.
             expected, record = record.version, self.old.get(session_id)
@@ -55,19 +57,26 @@ class MigratingStore(SessionStore):
         # Whoever was faster has put it here, perhaps since it was found missing.
         return self.store.get(session_id)
 
-    def move_history(self, session_id: str) -> None:
-        """Bring over what the old store has of the history of a session that is in the new one.
+    def _took_history(self, session_id: str) -> bool:
+        """Bring the history over; say whether all of it is in the new store, and none is damaged."""
+        try:
+            self.bring_history(session_id)
+        except SerializationError as error:
+            log.warning("the history of session %s stays where it is: %s", session_id, error)
+            return False
+        return True
 
-        Raises ``UnsupportedByStore`` if the new store keeps none, so that nothing is lost.
+    def bring_history(self, session_id: str) -> None:
+        """Bring over what is missing of the history of a session that is in the new store.
+
+        It goes from the old store together with the record there, and never before: of two processes that have the stores
+        the other way round, each would remove what the other one has just brought over.
+
+        Raises ``UnsupportedByStore`` if the new store keeps none, ``SerializationError`` if an entry is damaged.
         """
-        while last := self._old_history_of(session_id):
-            try:
+        if self._old_history_of(session_id):
+            with suppress(SessionNotFound):  # deleted meanwhile
                 copy_history(self.old.history, self.store.history, session_id)
-            except SessionNotFound:
-                return  # deleted meanwhile
-            # Unless a process that knows only the old store has appended to it meanwhile.
-            if self._old_history_of(session_id) == last:
-                self.old.history.delete(session_id)
 
     def _old_history_of(self, session_id: str) -> int:
         """How many entries the old store has."""
@@ -89,8 +98,7 @@ class MigratingStore(SessionStore):
             if not self._moved(record.id, expected):
                 raise
             self.store.save(record, expected=expected)
-        if record.ended_at is not None:
-            self.move_history(record.id)
+        if record.ended_at is not None and self._took_history(record.id):
             self.old.delete(record.id)  # a copy that a crash left behind must not come back when this one is cleaned up
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
@@ -199,6 +207,8 @@ class _MigratingHistory(HistoryLog):
 
     def delete(self, session_id: str) -> bool:
         self._move(session_id)
+        with suppress(UnsupportedByStore):
+            self._stores.old.history.delete(session_id)  # what a crash left behind
         return self._log.delete(session_id)
 
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
@@ -209,3 +219,4 @@ class _MigratingHistory(HistoryLog):
         """Move the session if it is in the old store only, and what is left there of its history."""
         if self._stores.old.get(session_id) is not None:
             self._stores.move(session_id)
+            self._stores.bring_history(session_id)
