@@ -34,6 +34,8 @@ _SIGNED = struct.Struct("<IQ")
 _CHECKSUMS = struct.Struct("<II")
 _TRAILER = struct.Struct("<I")  # length of the record
 _AROUND = _HEADER.size + _TRAILER.size
+#: How each record begins: twelve fields, of which the first is a text of 67 bytes, its id.
+_BEGINNING = b"\x9c\xd9C"
 
 
 class Frame(NamedTuple):
@@ -52,6 +54,15 @@ def framed(version: int, record: bytes) -> bytes:
     signed = _SIGNED.pack(len(record), version)
     checksums = _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record))
     return b"".join((signed, checksums, record, _TRAILER.pack(len(record))))
+
+
+def holds_another(record: bytes, session_id: str) -> bool:
+    """Whether the data of a record look like a record of the same session.
+
+    They may look like a frame as well. If the process is killed just when it has written that far, they are at the end of
+    the file, where the last frame is looked for: a user could make a session what it is not.
+    """
+    return record.find(_BEGINNING + session_id.encode(), 1) >= 0
 
 
 def _header_at(content: bytes, start: int) -> tuple[int, int, int] | None:
@@ -101,6 +112,8 @@ def _last_before_torn_tail(content: bytes) -> Frame | None:
 
 
 def record_in(frame: Frame, session_id: str) -> SessionRecord:
+    if frame.record[: len(_BEGINNING)] != _BEGINNING:
+        raise SerializationError("the record does not begin as one of this package")
     record = that_of(unpack_record(frame.record), session_id)
     if record.version != frame.version:
         raise SerializationError("the version of the frame is not that of its record")
