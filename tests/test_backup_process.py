@@ -20,6 +20,7 @@ import pytest
 from flask_persist_session import (
     BackupError,
     Change,
+    Deletion,
     RestoreReport,
     SessionManager,
     SessionRecord,
@@ -206,12 +207,14 @@ def test_a_killed_backup_leaves_nothing_like_one(kills: int, new_url: Callable[[
     """However it ends, every archive verifies, the store is as it was, and a repeat succeeds and clears up."""
     url, place = new_url("sqlite"), tmp_path / "backups"
     store = open_store(url)
-    wanted = records(3000, 2000)
+    wanted = records(3000, 1000)
     save_all(store, wanted)
     outcomes = []
     for killed in killed_runs(make_backup, url, str(place), times=kills):
         outcomes.append(killed)
-        assert all(found.error is None for found in backups_in(str(place)))
+        for found in backups_in(str(place)):
+            assert found.error is None
+            os.unlink(found.path)  # otherwise each round would verify those of all rounds before
     assert any(outcomes)
     make_backup(url, str(place))
     assert all(name.endswith(".tar.gz") and not name.startswith(".") for name in os.listdir(place))
@@ -226,7 +229,7 @@ def test_a_killed_restore_leaves_whole_sessions(
 ) -> None:
     """What is there after each kill is whole and of the archive, and a repeat brings the rest."""
     source = open_store("memory://")
-    wanted = {record.id: record for record in records(1500)}
+    wanted = {record.id: record for record in records(500)}  # more than one batch
     save_all(source, list(wanted.values()))
     report = back_up({"web": manager_of(source)}, str(tmp_path), now=NOW)
     url = new_url(kind)
@@ -236,8 +239,8 @@ def test_a_killed_restore_leaves_whole_sessions(
         outcomes.append(killed)
         found = contents(store)
         assert found.items() <= wanted.items()
-        for session_id in list(found)[:: 1 if len(outcomes) % 2 else 2]:
-            store.delete(session_id)
+        step = 1 if len(outcomes) % 2 else 2
+        store.delete_many([Deletion(id=session_id) for session_id in list(found)[::step]])
     assert any(outcomes)
     load(url, report.path)
     assert contents(store) == wanted
