@@ -93,9 +93,9 @@ def test_requests_go_on_during_a_restore(url: str, server: Gunicorn, strategy: S
     """No request fails or loses its change, lost sessions come back, and one that was revoked since does not."""
     with closing(open_store(url)) as store:
         manager = SessionManager(store)
-        there = {record.id for record in manager.find()}
         revoked = Visitor(server)
-        [gone] = {record.id for record in manager.find()} - there
+        # Each worker has made a session as well.
+        [gone] = [record.id for record in manager.find() if "numbers" in manager.decode(record)]
         visitors = [Visitor(server) for _ in range(VISITORS)]
         lost = [manager.create({"n": number}).id for number in range(LOST)]
         path = back_up({"web": manager}, str(tmp_path / "backups"), now=manager.clock()).path
