@@ -186,19 +186,20 @@ def restore(
     strategy: Strategy = "skip",
     dry_run: bool = False,
     sign_out: bool = False,
+    verified: Progress = silent,
     started: Progress = silent,
     progress: Progress = silent,
 ) -> RestoreReport:
     """Bring back the sessions of the archive *path*, once the whole of it is verified.
 
-    *started* is told how many sessions the archive has, *progress* how many more were looked at. For the rest see
-    ``PersistSession.restore``.
+    *verified* is told how many more sessions were verified, then *started* how many the archive has, then *progress* how
+    many more were looked at. For the rest see ``PersistSession.restore``.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; allowed is one of {', '.join(STRATEGIES)}")
     try:
         with opened(path) as file:
-            contents = _verify(file, _first(managers).clock())
+            contents = _verify(file, verified, _first(managers).clock())
             _check_namespaces(contents, managers)
             started(contents.records)
             run = _Restore(strategy, dry_run, sign_out)
@@ -211,9 +212,11 @@ def restore(
         raise BackupError(f"there is no archive {path}") from error
 
 
-def _verify(file: BinaryIO, now: float) -> Manifest | Contents:
+def _verify(file: BinaryIO, progress: Progress, now: float) -> Manifest | Contents:
     """What a backup, or an archive of removed sessions, has."""
-    return monthly_archive.verify(file, now=now) if is_monthly_archive(file) else backup_archive.verify(file)
+    if is_monthly_archive(file):
+        return monthly_archive.verify(file, progress, now=now)
+    return backup_archive.verify(file, progress)
 
 
 def _read_lines(file: BinaryIO, contents: Manifest | Contents) -> Iterator[tuple[str, list[bytes]]]:

@@ -84,7 +84,8 @@ def _milliseconds(seconds: float | None) -> str:
 def optimize(full: bool, as_json: bool) -> None:
     """Give back room, and bring the statistics of the database up to date."""
     try:
-        done = _sessions().optimize(full=full)
+        with terminal.waiting("tidying up"):
+            done = _sessions().optimize(full=full)
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: nothing is lost; run it again to do the rest") from None
     if as_json:

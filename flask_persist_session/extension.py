@@ -259,12 +259,15 @@ class PersistSession:
         state.announcer.backed_up(path=report.path, sessions=report.sessions, size=report.bytes)
         return report
 
-    def backups(self, directory: str | os.PathLike[str] | None = None) -> Iterator[BackupFile]:
+    def backups(
+        self, directory: str | os.PathLike[str] | None = None, *, progress: Progress = silent
+    ) -> Iterator[BackupFile]:
         """Yield each archive of a directory, oldest first, once it is read and verified as a whole.
 
-        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. Raises ``BackupError`` if it cannot be read.
+        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. *progress* is told every now and then how many more
+        sessions were verified. Raises ``BackupError`` if the directory cannot be read.
         """
-        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir)
+        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir, progress)
 
     def restore(
         self,
@@ -273,6 +276,7 @@ class PersistSession:
         strategy: Strategy = "skip",
         dry_run: bool = False,
         sign_out: bool = False,
+        verified: Progress = silent,
         started: Progress = silent,
         progress: Progress = silent,
     ) -> RestoreReport:
@@ -284,6 +288,7 @@ class PersistSession:
             ``"newer"`` replaces it if the archive has a later request of it.
         :param dry_run: change nothing, only count.
         :param sign_out: restore the data without the user, so that nobody is signed in by it.
+        :param verified: is told every now and then how many more sessions of the archive were verified.
         :param started: is told how many sessions the archive has, once it is verified.
         :param progress: is told every now and then how many more sessions were looked at.
 
@@ -297,6 +302,7 @@ class PersistSession:
             strategy=strategy,
             dry_run=dry_run,
             sign_out=sign_out,
+            verified=verified,
             started=started,
             progress=progress,
         )

@@ -39,6 +39,7 @@ from flask_persist_session import (
     open_store,
 )
 from flask_persist_session import archive as archive_module
+from flask_persist_session import backup_files
 from flask_persist_session.announcer import Announcer
 from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
@@ -925,6 +926,28 @@ def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
     assert len(list(backups_in(str(tmp_path)))) == 2
     assert run(app, "backup", str(tmp_path / "a.tgz"), "--keep", "2")[0] == 2
     assert run(app, "backup", str(tmp_path), "--keep", "0")[0] == 2
+
+
+def test_an_interrupted_listing_shows_what_was_verified(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the second archive is verified leaves the line of the first; programs get no half of a list."""
+    for _ in range(2):
+        run(app, "backup", str(tmp_path))
+    verified = []
+
+    def interrupt(*given: Any) -> Any:
+        verified.append(given)
+        if len(verified) % 2 == 0:
+            raise KeyboardInterrupt
+        return verify(*given)
+
+    verify = backup_files.verify
+    monkeypatch.setattr(backup_files, "verify", interrupt)
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, output.count(": verified\n"), output.count("run it again\n")) == (130, 1, 1)
+    status, output = run(app, "backups", str(tmp_path), "--json")
+    assert (status, output.count("\n")) == (130, 1)
 
 
 def test_an_interrupted_command_says_what_to_do(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
