@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from .cleanup import NOTE
-from .exceptions import SerializationError, StoreError, UnsupportedByStore
+from .exceptions import BackupError, SerializationError, StoreError, UnsupportedByStore
 from .manager import SessionManager
 from .records import Finding, Improvement, SessionRecord
 from .stores.base import SessionStore
@@ -211,7 +211,11 @@ class _Examination:
 
     def backup(self, plan: BackupPlan, now: float) -> float | None:
         """When the newest backup was made; an issue if that is too long ago."""
-        newest = plan.newest(now)
+        try:
+            newest = plan.newest(now)
+        except BackupError as error:
+            self.issues.append(str(error))
+            return None
         if plan.interval and (newest is None or now - newest > _PATIENCE * plan.interval):
             age = "there is no backup" if newest is None else f"the newest backup is {now - newest:,.0f} s old"
             self.issues.append(f"{age}, though PERSIST_SESSION_BACKUP_INTERVAL is {plan.interval:,.0f} s")
