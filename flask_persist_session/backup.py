@@ -122,12 +122,13 @@ def back_up(
         "tags": sorted(query.tags),
         "include_expired": include_expired,
     }
-    run = _Backup(query, include_expired, progress)
+    run, part = _Backup(query, include_expired, progress), query != SessionQuery()
     try:
-        with drafting(place, now) as draft:
+        with drafting(place, now, part=part) as draft:
             run.write(managers, draft.file, now, filters)
         size = os.path.getsize(draft.path)
-        removed = () if keep is None else rotate(os.path.dirname(draft.path), keep, max(now, _first(managers).clock()))
+        latest = max(now, _first(managers).clock())
+        removed = () if keep is None else rotate(os.path.dirname(draft.path), keep, latest, part=part)
     except OSError as error:
         raise BackupError(f"the backup cannot be written to {place}: {error.strerror or error}") from error
     total = sum(run.counts.values(), Counter())

@@ -36,10 +36,10 @@ from flask_persist_session import (
     SessionStore,
     StoreError,
     backup_created,
+    backup_files,
     open_store,
 )
 from flask_persist_session import archive as archive_module
-from flask_persist_session import backup_files
 from flask_persist_session.announcer import Announcer
 from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
@@ -689,6 +689,18 @@ def test_a_clock_set_back_loses_no_backup(manager: SessionManager, clock: Clock,
     assert [found.path for found in backups_in(str(tmp_path))] == [*future, newest]
 
 
+def test_a_backup_of_some_pushes_out_none_of_all(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """Archives of a user, tenant or tag have names of their own, and neither kind is counted with the other."""
+    whole, part = [], []
+    for _ in range(3):
+        whole.append(save_archive(manager, tmp_path, keep=2).path)
+        part.append(save_archive(manager, tmp_path, user_id="7", keep=1).path)
+        clock.advance(60)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([*whole[1:], part[-1]])
+    assert [Path(path).name for path in part[:1]] == ["sessions_backup_20231114-221320-part.tar.gz"]
+    assert [found.path for found in backups_in(str(tmp_path))] == [whole[1], whole[2], part[-1]]
+
+
 def test_nothing_is_rotated_for_a_backup_that_fails(
     manager: SessionManager, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -805,6 +817,15 @@ def test_a_restart_makes_no_other_backup(automatic: AutomaticBackup, manager: Se
     [name] = names(tmp_path / "auto")
     (tmp_path / "auto" / name).unlink()
     assert new_automatic(manager, tmp_path).turn() is not None
+
+
+def test_a_backup_of_some_is_not_the_one_that_is_due(
+    automatic: AutomaticBackup, manager: SessionManager, tmp_path: Path
+) -> None:
+    """Somebody's sessions saved by hand do not put off the next backup of all."""
+    save_archive(manager, tmp_path / "auto", user_id="7")
+    assert automatic.turn() is not None
+    assert automatic.turn() is None
 
 
 def test_one_of_all_processes_backs_up(shared_url: str, clock: Clock, tmp_path: Path) -> None:
@@ -926,6 +947,14 @@ def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
     assert len(list(backups_in(str(tmp_path)))) == 2
     assert run(app, "backup", str(tmp_path / "a.tgz"), "--keep", "2")[0] == 2
     assert run(app, "backup", str(tmp_path), "--keep", "0")[0] == 2
+
+
+def test_a_link_that_leads_nowhere_is_listed_as_broken(app: Flask, tmp_path: Path) -> None:
+    """Of what has the name of an archive and is none, ``backups`` says why, and goes on to the others."""
+    run(app, "backup", str(tmp_path))
+    (tmp_path / "sessions_backup_20200101-000000.tar.gz").symlink_to(tmp_path / "nowhere")
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, output.count("no plain file\n"), output.count(": verified\n")) == (1, 1, 1)
 
 
 def test_an_interrupted_listing_shows_what_was_verified(
