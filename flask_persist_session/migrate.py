@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from .exceptions import SessionConflict
+from .exceptions import SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
 from .stores.migrating import MigratingStore
@@ -22,7 +23,8 @@ SAMPLE = 1000
 class MigrationReport:
     """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
     in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
-    stores at the end; *different* are the ids of those that are not alike."""
+    stores at the end; *different* are the ids of those that are not alike. *only_there* sessions are active in the target
+    and unknown to the source: they began there, or ended here and were cleaned up since an earlier copy."""
 
     copied: int = 0
     updated: int = 0
@@ -30,6 +32,7 @@ class MigrationReport:
     expired: int = 0
     compared: int = 0
     different: tuple[str, ...] = ()
+    only_there: int = 0
 
     @property
     def transferred(self) -> int:
@@ -72,7 +75,7 @@ class Migration:
         self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
         self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
         compared, different = self._compare()
-        return MigrationReport(**self._counts, compared=compared, different=different)
+        return MigrationReport(**self._counts, compared=compared, different=different, only_there=self._count_only_there())
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
@@ -118,6 +121,14 @@ class Migration:
             if there is None or not (_alike(here, there) or _is_later(here, there) or _is_later(there, here)):
                 different.append(session_id)
         return compared, tuple(different)
+
+    def _count_only_there(self) -> int:
+        count = 0
+        with suppress(UnsupportedByStore):  # a target that cannot list
+            active = self._target.find(SessionQuery(state="active", now=self._clock()))
+            while ids := frozenset(record.id for record in islice(active, _BATCH)):
+                count += len(ids) - self._source.count(SessionQuery(ids=ids))
+        return count
 
 
 def _is_later(record: SessionRecord, than: SessionRecord) -> bool:

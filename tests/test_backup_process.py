@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -31,6 +30,7 @@ from flask_persist_session import (
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
 from flask_persist_session.testing import make_record
+from tests.killing import MANY, killed_runs
 from tests.servers import DEADLINE, wait_until
 from tests.web import PROCESSES
 
@@ -164,42 +164,6 @@ def test_a_restore_while_others_write_loses_nothing(writer: str, tmp_path: Path)
 
 
 # Killed at any moment -------------------------------------------------------------------------------------------------
-
-MANY = [pytest.param(12, id="a few"), pytest.param(50, id="fifty", marks=pytest.mark.soak)]
-
-
-def killed_runs(target: Callable[..., object], *given: str, times: int) -> Iterator[bool]:
-    """Run *target* in processes that are killed at random moments; tells of each whether it was."""
-    seed = random.randrange(2**32)
-    print("seed", seed)
-    chance = random.Random(seed)
-    longest = timed(target, *given)
-    for _ in range(times):
-        process = PROCESSES.Process(target=_after_signal, args=(target, given, ready := PROCESSES.Event()))
-        process.start()
-        try:
-            assert ready.wait(DEADLINE)
-            process.join(chance.uniform(0, longest))
-        finally:
-            process.kill()
-            process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        yield process.exitcode != 0
-
-
-def _after_signal(target: Callable[..., object], given: tuple[str, ...], ready: Event) -> None:
-    ready.set()
-    target(*given)
-
-
-def timed(target: Callable[..., object], *given: str) -> float:
-    """How many seconds a whole run takes."""
-    start = time.perf_counter()
-    process = PROCESSES.Process(target=target, args=given)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return time.perf_counter() - start
 
 
 @pytest.mark.parametrize("kills", MANY)
