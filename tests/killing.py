@@ -10,6 +10,7 @@ from multiprocessing.synchronize import Event
 
 import pytest
 
+from flask_persist_session import SessionStore
 from tests.servers import DEADLINE
 from tests.web import PROCESSES
 
@@ -49,3 +50,9 @@ def timed(target: Callable[..., object], *given: str) -> float:
     process.join()
     assert process.exitcode == 0
     return time.perf_counter() - start
+
+
+def assert_whole(store: SessionStore) -> None:
+    """A check finds nothing but what it can repair, and then nothing at all."""
+    assert [finding for finding in store.check(repair=True) if not finding.repaired] == []
+    assert list(store.check(repair=False)) == []

@@ -30,7 +30,7 @@ from flask_persist_session import (
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
 from flask_persist_session.testing import make_record
-from tests.killing import MANY, killed_runs
+from tests.killing import MANY, assert_whole, killed_runs
 from tests.servers import DEADLINE, wait_until
 from tests.web import PROCESSES
 
@@ -206,6 +206,7 @@ def test_a_killed_restore_leaves_whole_sessions(
         step = 1 if len(outcomes) % 2 else 2
         store.delete_many([Deletion(id=session_id) for session_id in list(found)[::step]])
     assert any(outcomes)
+    assert_whole(store)
     load(url, report.path)
     assert contents(store) == wanted
     store.close()
@@ -266,8 +267,8 @@ def run_at_once(target: Callable[..., object], arguments: list[tuple[str, ...]])
 
 # A full disk ----------------------------------------------------------------------------------------------------------
 
-# Without root there is no small disk to mount. RLIMIT_FSIZE makes the kernel refuse what goes beyond so many bytes of a
-# file, in the middle of a write, as a full disk does; SQLite takes its EFBIG for an I/O error.
+# RLIMIT_FSIZE makes the kernel refuse what goes beyond so many bytes of a file, in the middle of a write; SQLite takes its
+# EFBIG for an I/O error. test_full_disk.py has a disk without room, where one can be mounted.
 
 
 def with_small_files(size: int, target: Callable[..., object], *given: str) -> None:

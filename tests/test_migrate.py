@@ -29,7 +29,7 @@ from flask_persist_session.migrate import Migration
 from flask_persist_session.stores.migrating import MigratingStore
 from tests.conftest import Clock
 from tests.counting import CountingStore
-from tests.killing import MANY, killed_runs
+from tests.killing import MANY, assert_whole, killed_runs
 from tests.servers import free_port
 from tests.web import PROCESSES
 
@@ -184,6 +184,7 @@ def test_a_copy_that_is_killed_can_be_repeated(way: str, kills: int, new_url: Ne
         if len(outcomes) % 2:  # otherwise the next one goes on where this one ended
             target.delete_many([Deletion(id=session_id) for session_id in before])
     assert any(outcomes)
+    assert_whole(target)
     assert all_of(source) == before
     report = Migration(source, target, time.time).run()
     assert (report.transferred, report.different) == (400, ())
