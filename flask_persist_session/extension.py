@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -151,7 +151,7 @@ class PersistSession:
         *,
         dry_run: bool = False,
         delete: bool = False,
-        progress: Callable[[int], object] = lambda _done: None,
+        progress: Progress = silent,
     ) -> ImportReport:
         """Import all sessions of the Flask-Session stores at *urls*, or of those in ``PERSIST_SESSION_UPGRADE_FROM``.
 
@@ -168,7 +168,7 @@ class PersistSession:
             raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
         return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)
 
-    def migrate(self, to: str | SessionStore, *, progress: Callable[[int], object] | None = None) -> MigrationReport:
+    def migrate(self, to: str | SessionStore, *, progress: Progress = silent) -> MigrationReport:
         """Copy all sessions to the store *to* (a URL or a store), while the application goes on using its own.
 
         What is there already is brought up to date; what has ended in either store stays ended. A sample of the copies is
@@ -186,7 +186,7 @@ class PersistSession:
             if target is not to:
                 target.close()
 
-    def move_rest(self, *, progress: Callable[[int], object] | None = None) -> int:
+    def move_rest(self, *, progress: Progress = silent) -> int:
         """Move the sessions over that are still in the store that ``PERSIST_SESSION_MIGRATE_FROM`` names; say how many.
 
         Raises ``ConfigError`` if the setting names none, ``UnsupportedByStore`` where that store cannot list,
@@ -208,7 +208,7 @@ class PersistSession:
         ``manager`` does."""
         return _state().archive
 
-    def check(self, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+    def check(self, *, repair: bool = False, progress: Progress = silent) -> CheckReport:
         """Look at everything in the store; see ``upkeep.check``. Raises as ``manager`` does, too."""
         return upkeep.check(_state().managers, repair=repair, progress=progress)
 

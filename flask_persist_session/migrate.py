@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from .archive import Progress, silent
 from .exceptions import SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
@@ -52,12 +53,12 @@ class Migration:
         source: SessionStore,
         target: SessionStore,
         clock: Callable[[], float],
-        progress: Callable[[int], object] | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._source = source
         self._target = target
         self._clock = clock
-        self._progress = progress or (lambda _: None)
+        self._progress = progress
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
@@ -142,11 +143,10 @@ def _alike(record: SessionRecord, other: SessionRecord) -> bool:
     return replace(record, version=1) == replace(other, version=1)
 
 
-def move_rest(store: MigratingStore, progress: Callable[[int], object] | None = None) -> int:
+def move_rest(store: MigratingStore, progress: Progress = silent) -> int:
     """Move all sessions over that are still in the old store; see ``PersistSession.move_rest``."""
     moved = 0
     for record in store.old.scan():
         moved += store.move(record.id) is not None
-        if progress is not None:
-            progress(1)
+        progress(1)
     return moved

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from .archive import Progress, silent
 from .cleanup import NOTE
 from .exceptions import BackupError, SerializationError, StoreError, UnsupportedByStore
 from .manager import SessionManager
@@ -49,7 +50,7 @@ class CheckReport:
 class _Check:
     """One check of several stores, which counts as it goes."""
 
-    def __init__(self, repair: bool, progress: Callable[[int], object]) -> None:
+    def __init__(self, repair: bool, progress: Progress) -> None:
         self._repair = repair
         self._progress = progress
         self._checked = self._found = self._repaired = 0
@@ -80,7 +81,7 @@ class _Check:
         )
 
 
-def check(managers: Managers, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+def check(managers: Managers, *, repair: bool = False, progress: Progress = silent) -> CheckReport:
     """Look at everything that is kept, and with *repair* mend what can be mended without losing anything.
 
     The application may go on meanwhile. *progress* is called with the number of sessions looked at since the last call.
