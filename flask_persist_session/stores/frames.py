@@ -36,6 +36,7 @@ _TRAILER = struct.Struct("<I")  # length of the record
 _AROUND = _HEADER.size + _TRAILER.size
 #: How each record begins: twelve fields, of which the first is a text of 67 bytes, its id.
 _BEGINNING = b"\x9c\xd9C"
+_WHOLE_BEGINNING = len(_BEGINNING) + 67  # with the id
 
 
 class Frame(NamedTuple):
@@ -105,10 +106,21 @@ def last_frame(handle: int, size: int) -> Frame | None:
 
 def _last_before_torn_tail(content: bytes) -> Frame | None:
     last, start = None, 0
-    while (header := _header_at(content, start)) is not None:
+    while 0 <= start < len(content):
+        header = _header_at(content, start)
         last = _frame_at(content, start, 0) or last
-        start += header[0] + _AROUND
+        start = _start_behind_damage(content, start) if header is None else start + header[0] + _AROUND
     return last
+
+
+def _start_behind_damage(content: bytes, start: int) -> int:
+    """Where the frame starts that follows one whose header is damaged; negative if there is none.
+
+    Its record begins as that of each frame of the session does, and nothing else that was appended has these bytes.
+    """
+    record = start + _HEADER.size
+    beginning = content[record : record + _WHOLE_BEGINNING]
+    return content.find(beginning, record + 1) - _HEADER.size if beginning.startswith(_BEGINNING) else -1
 
 
 def record_in(frame: Frame, session_id: str) -> SessionRecord:
