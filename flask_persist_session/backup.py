@@ -116,20 +116,19 @@ def back_up(
         tenant_id=None if tenant_id is None else str(tenant_id),
         tags=frozenset([tags] if isinstance(tags, str) else tags),
     )
-    if keep is not None and query != SessionQuery():
-        raise ValueError("keep counts backups of all sessions; one of some of them would push those out")
     filters = {
         "user_id": query.user_id,
         "tenant_id": query.tenant_id,
         "tags": sorted(query.tags),
         "include_expired": include_expired,
     }
-    run = _Backup(query, include_expired, progress)
+    run, part = _Backup(query, include_expired, progress), query != SessionQuery()
     try:
-        with drafting(place, now) as draft:
+        with drafting(place, now, part=part) as draft:
             run.write(managers, draft.file, now, filters)
         size = os.path.getsize(draft.path)
-        removed = () if keep is None else rotate(os.path.dirname(draft.path), keep, max(now, _first(managers).clock()))
+        latest = max(now, _first(managers).clock())
+        removed = () if keep is None else rotate(os.path.dirname(draft.path), keep, latest, part=part)
     except OSError as error:
         raise BackupError(f"the backup cannot be written to {place}: {error.strerror or error}") from error
     total = sum(run.counts.values(), Counter())
@@ -188,19 +187,20 @@ def restore(
     strategy: Strategy = "skip",
     dry_run: bool = False,
     sign_out: bool = False,
+    verified: Progress = silent,
     started: Progress = silent,
     progress: Progress = silent,
 ) -> RestoreReport:
     """Bring back the sessions of the archive *path*, once the whole of it is verified.
 
-    *started* is told how many sessions the archive has, *progress* how many more were looked at. For the rest see
-    ``PersistSession.restore``.
+    *verified* is told how many more sessions were verified, then *started* how many the archive has, then *progress* how
+    many more were looked at. For the rest see ``PersistSession.restore``.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; allowed is one of {', '.join(STRATEGIES)}")
     try:
         with opened(path) as file:
-            contents = _verify(file, _first(managers).clock())
+            contents = _verify(file, verified, _first(managers).clock())
             _check_namespaces(contents, managers)
             started(contents.records)
             run = _Restore(strategy, dry_run, sign_out)
@@ -213,9 +213,11 @@ def restore(
         raise BackupError(f"there is no archive {path}") from error
 
 
-def _verify(file: BinaryIO, now: float) -> Manifest | Contents:
+def _verify(file: BinaryIO, progress: Progress, now: float) -> Manifest | Contents:
     """What a backup, or an archive of removed sessions, has."""
-    return monthly_archive.verify(file, now=now) if is_monthly_archive(file) else backup_archive.verify(file)
+    if is_monthly_archive(file):
+        return monthly_archive.verify(file, progress, now=now)
+    return backup_archive.verify(file, progress)
 
 
 def _read_lines(file: BinaryIO, contents: Manifest | Contents) -> Iterator[tuple[str, list[bytes]]]:

@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import count
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .archive import Manifest, Progress, is_still, silent, verify
 from .exceptions import BackupError
 from .stores import make_directory
 from .stores.frames import SAFELY, sync_directory
 
-_NAME = re.compile(r"sessions_backup_(\d{8}-\d{6})(?:-(\d{1,6}))?\.tar\.gz", re.ASCII)
+_NAME = re.compile(r"sessions_backup_(\d{8}-\d{6})(-part)?(?:-(\d{1,6}))?\.tar\.gz", re.ASCII)
 _FORM = "%Y%m%d-%H%M%S"
 _ENDINGS = (".tar.gz", ".tgz")
 _UNFINISHED = ".unfinished-sessions-backup"
@@ -55,16 +55,17 @@ class Draft:
 
 
 @contextmanager
-def drafting(place: str, now: float) -> Iterator[Draft]:
+def drafting(place: str, now: float, *, part: bool) -> Iterator[Draft]:
     """Write an archive under another name; it gets its own when the context is left without an error.
 
-    *place* is a directory, in which the archive is named after *now*, or the archive's own name. The file is for this
-    user alone, and on the disk before it has its name. Raises ``BackupError`` if *place* is taken, ``OSError``.
+    *place* is a directory, in which the archive is named after *now* and whether it has only a *part* of the sessions, or
+    the archive's own name. The file is for this user alone, and on the disk before it has its name. Raises
+    ``BackupError`` if *place* is taken, ``OSError``.
     """
     directory = os.path.dirname(os.path.abspath(place)) if is_archive_name(place) else os.path.abspath(place)
     make_directory(directory)
     _remove_abandoned(directory)
-    draft = _reserve(place) if is_archive_name(place) else _reserve_in(directory, now)
+    draft = _reserve(place) if is_archive_name(place) else _reserve_in(directory, now, part)
     with draft.file:
         try:
             yield draft
@@ -83,8 +84,8 @@ def _unfinished(path: str) -> str:
     return os.path.join(directory, f".{name}{_UNFINISHED}")
 
 
-def _reserve_in(directory: str, now: float) -> Draft:
-    stamp = datetime.fromtimestamp(now, timezone.utc).strftime(_FORM)
+def _reserve_in(directory: str, now: float, part: bool) -> Draft:
+    stamp = datetime.fromtimestamp(now, timezone.utc).strftime(_FORM) + ("-part" if part else "")
     for number in count(1):
         suffix = f"-{number}" if number > 1 else ""
         draft = _take(os.path.join(directory, f"sessions_backup_{stamp}{suffix}.tar.gz"))
@@ -150,8 +151,17 @@ def _lock(handle: int) -> bool:
 # Which there are ------------------------------------------------------------------------------------------------------
 
 
-def _archives(directory: str) -> list[tuple[float, int, str]]:
-    """Time, number and path of each archive that has a name of ours, oldest first."""
+class _Archive(NamedTuple):
+    """What the name of an archive says."""
+
+    moment: float
+    number: int
+    is_part: bool
+    path: str
+
+
+def _archives(directory: str) -> list[_Archive]:
+    """Each archive that has a name of ours, oldest first."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -163,7 +173,7 @@ def _archives(directory: str) -> list[tuple[float, int, str]]:
         match = _NAME.fullmatch(name)
         moment = _moment(match[1]) if match else None
         if match and moment is not None:
-            found.append((moment, int(match[2] or 1), os.path.join(directory, name)))
+            found.append(_Archive(moment, int(match[3] or 1), match[2] is not None, os.path.join(directory, name)))
     return sorted(found)
 
 
@@ -175,18 +185,22 @@ def _moment(stamp: str) -> float | None:
 
 
 def newest_before(directory: str, now: float) -> float | None:
-    """When the newest archive of *directory* was made, in seconds since the epoch; those from the future do not count."""
-    found = reversed(_archives(directory))
-    return next((moment for moment, _, path in found if moment <= now and _is_plain(path)), None)
+    """When the newest archive of *directory* was made, in seconds since the epoch.
+
+    Those from the future do not count, nor those of a part of the sessions.
+    """
+    found = (archive for archive in reversed(_archives(directory)) if archive.moment <= now and not archive.is_part)
+    return next((archive.moment for archive in found if _is_plain(archive.path)), None)
 
 
-def rotate(directory: str, keep: int, now: float) -> tuple[str, ...]:
-    """Remove all archives but the newest *keep*; returns their paths.
+def rotate(directory: str, keep: int, now: float, *, part: bool) -> tuple[str, ...]:
+    """Remove all archives of all sessions, or all of a *part* of them, but the newest *keep*; returns their paths.
 
     Archives from the future stay, and do not count: they were made before the clock was set back, and would otherwise
     push out each new one.
     """
-    past = [path for moment, _, path in _archives(directory) if moment <= now and _is_plain(path)]
+    found = (archive for archive in _archives(directory) if archive.moment <= now and archive.is_part is part)
+    past = [archive.path for archive in found if _is_plain(archive.path)]
     surplus = past[: max(0, len(past) - keep)]
     for path in surplus:
         with suppress(FileNotFoundError):  # somebody else rotates too
@@ -196,7 +210,7 @@ def rotate(directory: str, keep: int, now: float) -> tuple[str, ...]:
 
 def backups_in(directory: str, progress: Progress = silent) -> Iterator[BackupFile]:
     """Each archive of *directory* that has a name of ours, oldest first, read and verified as a whole."""
-    for moment, _, path in _archives(directory):
+    for moment, _, _, path in _archives(directory):
         manifest, error = None, None
         try:
             size = os.lstat(path).st_size

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from . import terminal
-from .archive import silent
+from .archive import Progress, silent
 from .backup import STRATEGIES, BackupReport, RestoreReport, Strategy
 from .backup_files import BackupFile
 from .cli import check_given, extension, sessions_cli
@@ -89,20 +89,29 @@ def _described(report: BackupReport) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print a list of JSON objects for programs.")
 def backups(directory: str | None, as_json: bool) -> None:
     """List the archives of a directory, and verify each as a whole; the exit status is 1 if one does not verify."""
-    found = []
+    found: list[BackupFile] = []
     try:
-        for file in extension().backups(directory):
-            found.append(file)
-            if not as_json:
-                click.echo(_line(file))
+        with terminal.progress("verifying") as advance:
+            # One by one: those that were verified before an interruption are listed.
+            for file in extension().backups(directory, progress=advance):
+                found.append(file)
     except KeyboardInterrupt:
+        if not as_json:
+            _echo_files(found, as_json)
         raise terminal.Interrupted("interrupted: the other archives were not verified; run it again") from None
-    if as_json:
-        click.echo(json.dumps([_facts(file) for file in found]))
-    elif not found:
+    _echo_files(found, as_json)
+    if not found and not as_json:
         click.echo(f"no backups in {directory or 'PERSIST_SESSION_BACKUP_DIR'}", err=True)
     if any(file.error for file in found):
         sys.exit(1)
+
+
+def _echo_files(files: list[BackupFile], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([_facts(file) for file in files]))
+    else:
+        for file in files:
+            click.echo(_line(file))
 
 
 def _line(file: BackupFile) -> str:
@@ -152,16 +161,22 @@ def restore(file: str, strategy: Strategy, dry_run: bool, sign_out: bool, yes: b
     """Bring back the sessions of the archive FILE, while the application goes on."""
     if not (yes or dry_run):
         _confirm(f"Restore the sessions of {file}?")
-    bar = _LateBar("restoring")
+    bars = _Bars()
     try:
-        with bar:
+        with bars:
             report = extension().restore(
-                file, strategy=strategy, dry_run=dry_run, sign_out=sign_out, started=bar.start, progress=bar.advance
+                file,
+                strategy=strategy,
+                dry_run=dry_run,
+                sign_out=sign_out,
+                verified=bars.verified,
+                started=bars.start,
+                progress=bars.advance,
             )
     except (KeyboardInterrupt, StoreError) as error:
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{terminal.one_line(str(error))}; stopped"
         left = "nothing was changed" if dry_run else "what it restored is complete"
-        problem = f"{what} after {bar.done:,} sessions: {left}; run it again for the rest"
+        problem = f"{what} after {bars.done:,} sessions: {left}; run it again for the rest"
         raise (terminal.Interrupted if isinstance(error, KeyboardInterrupt) else click.ClickException)(problem) from None
     click.echo(json.dumps(asdict(report)) if as_json else _told(report))
     if report.failed:
@@ -189,25 +204,18 @@ def _told(report: RestoreReport) -> str:
 # Progress -------------------------------------------------------------------------------------------------------------
 
 
-class _LateBar:
-    """A progress bar whose length is known only after a while."""
+class _Bars(ExitStack):
+    """A bar while an archive is verified, then another one, whose length is known by then, while it is restored."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.done = 0
-        self._label = label
-        self._update: Callable[[int], object] = silent
-        self._bar: Any = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*error)
+        self.verified = self.enter_context(terminal.progress("verifying"))
+        self._update: Progress = silent
 
     def start(self, length: int) -> None:
-        self._bar = terminal.progress(self._label, length)
-        self._update = self._bar.__enter__()
+        self.close()
+        self._update = self.enter_context(terminal.progress("restoring", length))
 
     def advance(self, count: int) -> None:
         self.done += count

@@ -42,6 +42,9 @@ def _copy_to(url: str) -> None:
         report = sessions.migrate(url, progress=advance)
     parts = f"{report.updated:,} updated, {report.present:,} there already, {report.expired:,} expired and left behind"
     click.echo(f"copied {report.copied:,} sessions ({parts})")
+    if report.only_there:
+        number = f"{report.only_there:,} active session" + (" is" if report.only_there == 1 else "s are")
+        click.echo(f"{number} only there: of its own, or ended here and cleaned up since an earlier copy")
     if report.different:
         named = ", ".join(report.different[:_NAMED])
         raise click.ClickException(

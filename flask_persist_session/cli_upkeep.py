@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from . import terminal
-from .cli import sessions_cli
+from .cli import extension, sessions_cli
 from .records import SessionQuery
 
 if TYPE_CHECKING:
-    from .extension import PersistSession
     from .upkeep import CheckReport, Health
 
 
@@ -25,7 +24,7 @@ def check(repair: bool, as_json: bool) -> None:
 
     The application may go on meanwhile.
     """
-    sessions = _sessions()
+    sessions = extension()
     try:
         with terminal.progress("checking", sessions.store.count(SessionQuery())) as advance:
             report = sessions.check(repair=repair, progress=advance)
@@ -55,11 +54,11 @@ def _echo_report(report: CheckReport, repair: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
 def health(as_json: bool) -> None:
     """Say whether the store can be written and read, and is cleaned up; the exit status is 1 if not."""
-    found = _sessions().health()
+    found = extension().health()
     if as_json:
         click.echo(json.dumps(asdict(found)))
     else:
-        _echo_health(found, _sessions().manager.clock())
+        _echo_health(found, extension().manager.clock())
     if not found.healthy:
         raise click.exceptions.Exit(1)
 
@@ -84,7 +83,8 @@ def _milliseconds(seconds: float | None) -> str:
 def optimize(full: bool, as_json: bool) -> None:
     """Give back room, and bring the statistics of the database up to date."""
     try:
-        done = _sessions().optimize(full=full)
+        with terminal.waiting("tidying up"):
+            done = extension().optimize(full=full)
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: nothing is lost; run it again to do the rest") from None
     if as_json:
@@ -95,9 +95,3 @@ def optimize(full: bool, as_json: bool) -> None:
         click.echo(f"{terminal.escape(improvement.text)}{freed}")
     if not done:
         click.echo("there was nothing to do")
-
-
-def _sessions() -> PersistSession:
-    from .extension import PersistSession
-
-    return PersistSession()

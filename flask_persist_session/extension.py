@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -233,7 +233,7 @@ class PersistSession:
         *,
         dry_run: bool = False,
         delete: bool = False,
-        progress: Callable[[int], object] = lambda _done: None,
+        progress: Progress = silent,
     ) -> ImportReport:
         """Import all sessions of the Flask-Session stores at *urls*, or of those in ``PERSIST_SESSION_UPGRADE_FROM``.
 
@@ -252,7 +252,7 @@ class PersistSession:
             raise ConfigError(f"nothing to import from: give a URL, or set {PREFIX}UPGRADE_FROM")
         return import_all(state.manager, origins, dry_run=dry_run, delete=delete, progress=progress)
 
-    def migrate(self, to: str | SessionStore, *, progress: Callable[[int], object] | None = None) -> MigrationReport:
+    def migrate(self, to: str | SessionStore, *, progress: Progress = silent) -> MigrationReport:
         """Copy all sessions to the store *to* (a URL or a store), while the application goes on using its own.
 
         What is there already is brought up to date; what has ended in either store stays ended. A sample of the copies is
@@ -271,7 +271,7 @@ class PersistSession:
             if target is not to:
                 target.close()
 
-    def move_rest(self, *, progress: Callable[[int], object] | None = None) -> int:
+    def move_rest(self, *, progress: Progress = silent) -> int:
         """Move the sessions over that are still in the store that ``PERSIST_SESSION_MIGRATE_FROM`` names; say how many.
 
         Raises ``ConfigError`` if the setting names none, ``UnsupportedByStore`` where that store cannot list,
@@ -293,7 +293,7 @@ class PersistSession:
         ``manager`` does."""
         return _state().archive
 
-    def check(self, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+    def check(self, *, repair: bool = False, progress: Progress = silent) -> CheckReport:
         """Look at everything in the store; see ``upkeep.check``. Raises as ``manager`` does, too."""
         return upkeep.check(_state().managers, repair=repair, progress=progress)
 
@@ -345,12 +345,15 @@ class PersistSession:
         state.announcer.backed_up(path=report.path, sessions=report.sessions, size=report.bytes)
         return report
 
-    def backups(self, directory: str | os.PathLike[str] | None = None) -> Iterator[BackupFile]:
+    def backups(
+        self, directory: str | os.PathLike[str] | None = None, *, progress: Progress = silent
+    ) -> Iterator[BackupFile]:
         """Yield each archive of a directory, oldest first, once it is read and verified as a whole.
 
-        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. Raises ``BackupError`` if it cannot be read.
+        *directory* is ``PERSIST_SESSION_BACKUP_DIR`` if not given. *progress* is told every now and then how many more
+        sessions were verified. Raises ``BackupError`` if the directory cannot be read.
         """
-        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir)
+        return backups_in(os.fspath(directory) if directory is not None else _state().backup_dir, progress)
 
     def restore(
         self,
@@ -359,6 +362,7 @@ class PersistSession:
         strategy: Strategy = "skip",
         dry_run: bool = False,
         sign_out: bool = False,
+        verified: Progress = silent,
         started: Progress = silent,
         progress: Progress = silent,
     ) -> RestoreReport:
@@ -370,6 +374,7 @@ class PersistSession:
             ``"newer"`` replaces it if the archive has a later request of it.
         :param dry_run: change nothing, only count.
         :param sign_out: restore the data without the user, so that nobody is signed in by it.
+        :param verified: is told every now and then how many more sessions of the archive were verified.
         :param started: is told how many sessions the archive has, once it is verified.
         :param progress: is told every now and then how many more sessions were looked at.
 
@@ -383,6 +388,7 @@ class PersistSession:
             strategy=strategy,
             dry_run=dry_run,
             sign_out=sign_out,
+            verified=verified,
             started=started,
             progress=progress,
         )

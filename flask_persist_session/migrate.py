@@ -9,9 +9,11 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from .archive import Progress, silent
 from .exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
@@ -29,7 +31,9 @@ SAMPLE = 1000
 class MigrationReport:
     """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
     in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
-    stores at the end; *different* are the ids of those that are not alike, and of those with damaged histories."""
+    stores at the end; *different* are the ids of those that are not alike, and of those with damaged histories.
+    *only_there* sessions are active in the target and unknown to the source: they began there, or ended here and were cleaned up since
+    an earlier copy."""
 
     copied: int = 0
     updated: int = 0
@@ -37,6 +41,7 @@ class MigrationReport:
     expired: int = 0
     compared: int = 0
     different: tuple[str, ...] = ()
+    only_there: int = 0
 
     @property
     def transferred(self) -> int:
@@ -56,12 +61,12 @@ class Migration:
         source: SessionStore,
         target: SessionStore,
         clock: Callable[[], float],
-        progress: Callable[[int], object] | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._source = source
         self._target = target
         self._clock = clock
-        self._progress = progress or (lambda _: None)
+        self._progress = progress
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
@@ -81,7 +86,12 @@ class Migration:
         self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
         self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
         compared, different = self._compare()
-        return MigrationReport(**self._counts, compared=compared, different=(*different, *self._damaged))
+        return MigrationReport(
+            **self._counts,
+            compared=compared,
+            different=(*different, *self._damaged),
+            only_there=self._count_only_there(),
+        )
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
@@ -147,6 +157,14 @@ class Migration:
                 different.append(session_id)
         return compared, tuple(different)
 
+    def _count_only_there(self) -> int:
+        count = 0
+        with suppress(UnsupportedByStore):  # a target that cannot list
+            active = self._target.find(SessionQuery(state="active", now=self._clock()))
+            while ids := frozenset(record.id for record in islice(active, _BATCH)):
+                count += len(ids) - self._source.count(SessionQuery(ids=ids))
+        return count
+
 
 def _is_later(record: SessionRecord, than: SessionRecord) -> bool:
     """Whether *record* is a later state of the session."""
@@ -159,11 +177,10 @@ def _alike(record: SessionRecord, other: SessionRecord) -> bool:
     return replace(record, version=1) == replace(other, version=1)
 
 
-def move_rest(store: MigratingStore, progress: Callable[[int], object] | None = None) -> int:
+def move_rest(store: MigratingStore, progress: Progress = silent) -> int:
     """Move all sessions over that are still in the old store; see ``PersistSession.move_rest``."""
     moved = 0
     for record in store.old.scan():
         moved += store.move(record.id) is not None
-        if progress is not None:
-            progress(1)
+        progress(1)
     return moved

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from .stores.redis import ClientPerThread
 
 _PREFIX = "flask-session+"
+#: What Flask-Session can use and is not read here: for none of them is there a driver among what this package can use.
+_UNREAD_TABLES = frozenset({"mysql", "mariadb", "mssql", "oracle"})
+_UNREAD = _UNREAD_TABLES | {"mongodb", "mongodb+srv", "dynamodb"}
 _SCHEMES = ("redis", "rediss", "unix", "file", "sqlite", "postgresql", "memcached")
 #: A longer cookie is not looked at: browsers refuse those of more than 4 kB.
 _LONGEST_COOKIE = 8192
@@ -93,9 +96,23 @@ def open_origin(app: Flask, url: str, secret_keys: SecretKeys, clock: Callable[[
     if not url.startswith(_PREFIX):
         known = ", ".join(f"{_PREFIX}{scheme}:" for scheme in _SCHEMES)
         raise ConfigError(f'an entry is neither "flask" nor begins with one of {known}')
+    _check_scheme(url.removeprefix(_PREFIX).partition(":")[0].lower())
     location = take_apart(url.removeprefix(_PREFIX), app.instance_path, _SCHEMES)
     old = _Old(secret_keys, clock, lambda: app.permanent_session_lifetime.total_seconds())
     return _OPENERS[location.scheme](location, old)
+
+
+def _check_scheme(scheme: str) -> None:
+    """Refuse what Flask-Session or SQLAlchemy knows and cannot be read here, saying what to do."""
+    dialect, plus, driver = scheme.partition("+")
+    if scheme in _UNREAD or dialect in _UNREAD_TABLES:
+        copied = "copy its table to SQLite or PostgreSQL and name that, or " if dialect in _UNREAD_TABLES else ""
+        raise ConfigError(
+            f"sessions that Flask-Session keeps in {dialect} cannot be read; "
+            f"{copied}leave the entry out: then its users sign in once more"
+        )
+    if plus and dialect in _SCHEMES:
+        raise ConfigError(f"a URL names no driver here: write {_PREFIX}{dialect}: without +{driver}")
 
 
 # Flask's own cookie ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from itertools import chain, islice
 from pprint import pformat
+from time import monotonic
 from typing import Any
 from uuid import UUID
 
@@ -46,6 +48,30 @@ def progress(label: str, length: int | None = None) -> Iterator[Callable[[int], 
     things: Any = {"length": length} if length is not None else {"iterable": iter(())}
     with click.progressbar(label=label, file=sys.stderr, show_pos=True, show_percent=length is not None, **things) as bar:
         yield bar.update
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Counts the seconds on a terminal, where nobody knows how far something is; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+    counting = threading.Thread(target=_count_seconds, args=(label, done), daemon=True)
+    counting.start()
+    try:
+        yield
+    finally:
+        done.set()
+        counting.join()
+
+
+def _count_seconds(label: str, done: threading.Event) -> None:
+    start, is_done = monotonic(), False
+    while not is_done:
+        click.echo(f"\r{label}  {monotonic() - start:.0f} s", nl=False, err=True)
+        is_done = done.wait(1.0)
+    click.echo(err=True)
 
 
 def terminal_width() -> int:

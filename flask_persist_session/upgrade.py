@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Literal, TypeAlias
 
+from .archive import Progress, silent
 from .config import LONGEST
 from .exceptions import SerializationError, SessionTooLarge, StoreError
 from .manager import SessionManager
@@ -118,7 +119,7 @@ class Import:
         self._dry_run = dry_run
         self._delete = delete and not dry_run
 
-    def run(self, progress: Callable[[int], object]) -> Counter[Fate]:
+    def run(self, progress: Progress) -> Counter[Fate]:
         """Import what there is and count; *progress* is told how many were looked at since it was told last."""
         counts: Counter[Fate] = Counter()
         sessions = self._origin.sessions()
@@ -163,7 +164,7 @@ def import_all(
     *,
     dry_run: bool = False,
     delete: bool = False,
-    progress: Callable[[int], object] = lambda _done: None,
+    progress: Progress = silent,
 ) -> ImportReport:
     """Import the sessions of all *origins*. *progress* is told how many were looked at since it was told last.
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from .archive import Progress, silent
 from .cleanup import NOTE
-from .exceptions import SerializationError, StoreError, UnsupportedByStore
+from .exceptions import BackupError, SerializationError, StoreError, UnsupportedByStore
 from .manager import SessionManager
 from .records import Finding, Improvement, SessionRecord
 from .stores.base import SessionStore
@@ -49,7 +50,7 @@ class CheckReport:
 class _Check:
     """One check of several stores, which counts as it goes."""
 
-    def __init__(self, repair: bool, progress: Callable[[int], object]) -> None:
+    def __init__(self, repair: bool, progress: Progress) -> None:
         self._repair = repair
         self._progress = progress
         self._checked = self._found = self._repaired = 0
@@ -80,7 +81,7 @@ class _Check:
         )
 
 
-def check(managers: Managers, *, repair: bool = False, progress: Callable[[int], object] = lambda _: None) -> CheckReport:
+def check(managers: Managers, *, repair: bool = False, progress: Progress = silent) -> CheckReport:
     """Look at everything that is kept, and with *repair* mend what can be mended without losing anything.
 
     The application may go on meanwhile. *progress* is called with the number of sessions looked at since the last call.
@@ -211,7 +212,11 @@ class _Examination:
 
     def backup(self, plan: BackupPlan, now: float) -> float | None:
         """When the newest backup was made; an issue if that is too long ago."""
-        newest = plan.newest(now)
+        try:
+            newest = plan.newest(now)
+        except BackupError as error:
+            self.issues.append(str(error))
+            return None
         if plan.interval and (newest is None or now - newest > _PATIENCE * plan.interval):
             age = "there is no backup" if newest is None else f"the newest backup is {now - newest:,.0f} s old"
             self.issues.append(f"{age}, though PERSIST_SESSION_BACKUP_INTERVAL is {plan.interval:,.0f} s")

@@ -37,6 +37,7 @@ from flask_persist_session import (
     SessionStore,
     StoreError,
     backup_created,
+    backup_files,
     open_store,
 )
 from flask_persist_session import archive as archive_module
@@ -706,15 +707,6 @@ def test_a_trap_among_the_unfinished_ones_is_left_alone(manager: SessionManager,
     assert other.read_text() == "mine"
 
 
-def test_a_backup_of_some_sessions_pushes_out_none_of_all(manager: SessionManager, tmp_path: Path) -> None:
-    """``keep`` goes with all sessions only: seven backups of one user would leave no complete one."""
-    save_archive(manager, tmp_path)
-    for chosen in {"user_id": "7"}, {"tenant_id": "a"}, {"tags": ["b"]}:
-        with pytest.raises(ValueError, match="would push those out"):
-            save_archive(manager, tmp_path, keep=1, **chosen)
-    assert len(names(tmp_path)) == 1
-
-
 def test_a_clock_set_back_loses_no_backup(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
     """A new backup is never the one to make room, and those from the future stay until their time comes."""
     future = [save_archive(manager, tmp_path, keep=2).path]
@@ -727,6 +719,18 @@ def test_a_clock_set_back_loses_no_backup(manager: SessionManager, clock: Clock,
     clock.advance(2 * 86400)
     newest = save_archive(manager, tmp_path, keep=2).path
     assert [found.path for found in backups_in(str(tmp_path))] == [*future, newest]
+
+
+def test_a_backup_of_some_pushes_out_none_of_all(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
+    """Archives of a user, tenant or tag have names of their own, and neither kind is counted with the other."""
+    whole, part = [], []
+    for _ in range(3):
+        whole.append(save_archive(manager, tmp_path, keep=2).path)
+        part.append(save_archive(manager, tmp_path, user_id="7", keep=1).path)
+        clock.advance(60)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([*whole[1:], part[-1]])
+    assert [Path(path).name for path in part[:1]] == ["sessions_backup_20231114-221320-part.tar.gz"]
+    assert [found.path for found in backups_in(str(tmp_path))] == [whole[1], whole[2], part[-1]]
 
 
 def test_nothing_is_rotated_for_a_backup_that_fails(
@@ -856,6 +860,15 @@ def test_a_restart_makes_no_other_backup(automatic: AutomaticBackup, manager: Se
     [name] = names(tmp_path / "auto")
     (tmp_path / "auto" / name).unlink()
     assert new_automatic(manager, tmp_path).turn() is not None
+
+
+def test_a_backup_of_some_is_not_the_one_that_is_due(
+    automatic: AutomaticBackup, manager: SessionManager, tmp_path: Path
+) -> None:
+    """Somebody's sessions saved by hand do not put off the next backup of all."""
+    save_archive(manager, tmp_path / "auto", user_id="7")
+    assert automatic.turn() is not None
+    assert automatic.turn() is None
 
 
 def test_one_of_all_processes_backs_up(shared_url: str, clock: Clock, tmp_path: Path) -> None:
@@ -1008,6 +1021,36 @@ def test_keep_rotates(app: Flask, tmp_path: Path) -> None:
     assert len(list(backups_in(str(tmp_path)))) == 2
     assert run(app, "backup", str(tmp_path / "a.tgz"), "--keep", "2")[0] == 2
     assert run(app, "backup", str(tmp_path), "--keep", "0")[0] == 2
+
+
+def test_a_link_that_leads_nowhere_is_listed_as_broken(app: Flask, tmp_path: Path) -> None:
+    """Of what has the name of an archive and is none, ``backups`` says why, and goes on to the others."""
+    run(app, "backup", str(tmp_path))
+    (tmp_path / "sessions_backup_20200101-000000.tar.gz").symlink_to(tmp_path / "nowhere")
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, output.count("no plain file\n"), output.count(": verified\n")) == (1, 1, 1)
+
+
+def test_an_interrupted_listing_shows_what_was_verified(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the second archive is verified leaves the line of the first; programs get no half of a list."""
+    for _ in range(2):
+        run(app, "backup", str(tmp_path))
+    verified = []
+
+    def interrupt(*given: Any) -> Any:
+        verified.append(given)
+        if len(verified) % 2 == 0:
+            raise KeyboardInterrupt
+        return verify(*given)
+
+    verify = backup_files.verify
+    monkeypatch.setattr(backup_files, "verify", interrupt)
+    status, output = run(app, "backups", str(tmp_path))
+    assert (status, output.count(": verified\n"), output.count("run it again\n")) == (130, 1, 1)
+    status, output = run(app, "backups", str(tmp_path), "--json")
+    assert (status, output.count("\n")) == (130, 1)
 
 
 def test_an_interrupted_command_says_what_to_do(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

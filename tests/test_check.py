@@ -130,6 +130,20 @@ def test_torn_tail_is_found(files: SessionStore, root: Path) -> None:
     assert not (root / "damaged").exists()  # half a frame tells nothing
 
 
+@pytest.mark.parametrize("part", range(20))
+def test_states_behind_a_damaged_one_count(files: SessionStore, root: Path, part: int) -> None:
+    """A damaged header in the middle of a file whose last save was not finished costs its own state, not those after it."""
+    ends = written(files, root)
+    content = bytearray(path_of(root).read_bytes()[: ends[-1] - 5])
+    content[ends[1] + part] ^= 255
+    path_of(root).write_bytes(content)
+    record = files.get(RECORD.id)
+    assert (record and record.version) == 5
+    found_and_repaired(files, "torn")
+    assert path_of(root).stat().st_size == ends[-2]
+    assert files.get(RECORD.id) == record
+
+
 def test_damage_is_kept_for_people(files: SessionStore, root: Path) -> None:
     """What no crash leaves, such as zeros in place of a frame, is copied before it is cut off."""
     ends = written(files, root)

@@ -804,3 +804,35 @@ def test_revoking_all_shows_how_far_it_is(shop: Path) -> None:
     assert output.endswith("revoked 30 active sessions\n")
     done = subprocess.run(command("revoke", "--all", "--yes"), cwd=shop, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "revoked 0 active sessions\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels"),
+    [
+        (["backup", "archives"], ["backing up"]),
+        (["backups", "archives"], ["verifying"]),
+        (["restore", "--yes", "archives/mine.tar.gz"], ["verifying", "restoring"]),
+        (["migrate", "--to", "file:copy"], ["copying"]),
+        (["check"], ["checking"]),
+        (["optimize", "--full"], ["tidying up"]),
+    ],
+    ids=lambda given: given[0],
+)
+def test_long_commands_show_how_far_they_are(shop: Path, arguments: list[str], labels: list[str]) -> None:
+    """Each part of the work has a bar on a terminal, and in a pipe there is nothing of the kind."""
+    made = subprocess.run(command("backup", "archives/mine.tar.gz"), cwd=shop, env=environment(), capture_output=True)
+    assert made.returncode == 0
+    status, output = in_terminal(shop, 80, *arguments)
+    assert (status, [label for label in labels if label in output]) == (0, labels)
+    done = subprocess.run(command(*arguments), cwd=shop, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(label in done.stdout for label in labels)
+
+
+def test_archives_are_listed_below_their_bar(shop: Path) -> None:
+    """The bar of ``backups`` is complete before the first line of the list."""
+    made = subprocess.run(command("backup", "archives"), cwd=shop, env=environment(), capture_output=True)
+    assert made.returncode == 0
+    _, output = in_terminal(shop, 80, "backups", "archives")
+    assert output.endswith(" verified\n")
+    assert "verifying" not in output.splitlines()[-1]

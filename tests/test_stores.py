@@ -33,7 +33,9 @@ from flask_persist_session import (
     StoreUnavailable,
     open_store,
 )
+from flask_persist_session.serializers import pack_record
 from flask_persist_session.stores.base import add_up
+from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from tests.conftest import SHARED_STORES
 from tests.servers import RedisServer, free_port
@@ -130,6 +132,36 @@ def test_file_torn_creation(file_store: SessionStore, root: Path) -> None:
         assert list(file_store.scan()) == []
         file_store.save(record, expected=0)
         assert file_store.get(record.id) == record
+
+
+class _Killed(BaseException):
+    """The end of the process, in the middle of what it does."""
+
+
+@pytest.mark.parametrize("created", [True, False], ids=["creation", "later save"])
+def test_file_forged_frame_in_a_torn_save(
+    file_store: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch, created: bool
+) -> None:
+    """Data that look like a frame are none, even if a save is stopped just behind them, where a frame could end."""
+    record = make_record(1, user_id=None)
+    forged = framed(9, pack_record(replace(record, version=9, metadata={"forged": True})))
+    record = replace(record, data=bytes(5000) + forged + bytes(5000))
+    if not created:
+        file_store.save(replace(record, data=b"first"), expected=0)
+        record = replace(record, version=2)
+    stop, pwrite = framed(record.version, pack_record(record)).index(forged) + len(forged), os.pwrite
+
+    def write_until_killed(handle: int, content: bytes, offset: int) -> int:
+        pwrite(handle, content[:stop], offset)
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", write_until_killed)
+        with pytest.raises(_Killed):
+            file_store.save(record, expected=record.version - 1)
+    assert [found.data for found in file_store.scan()] == ([] if created else [b"first"])
+    file_store.save(record, expected=record.version - 1)
+    assert file_store.get(record.id) == record
 
 
 def test_file_flipped_bit_in_the_last_frame(file_store: SessionStore, root: Path) -> None:

@@ -206,6 +206,17 @@ def test_backup_that_is_overdue(clock: Clock, newest: float | None, issue: str |
     assert (issue in found.issues[0]) if issue else found.healthy
 
 
+def test_backups_that_cannot_be_listed_are_an_issue(make_app: MakeApp, tmp_path: Path) -> None:
+    """A directory of backups that is none makes the health bad, and does not hide the rest of it."""
+    (tmp_path / "backups").write_text("no directory")
+    app = make_app("memory://")
+    with app.app_context():
+        found = PersistSession().health()
+    assert (found.healthy, found.last_backup, len(found.issues)) == (False, None, 1)
+    assert "the directory of backups" in found.issues[0]
+    assert found.write_seconds is not None
+
+
 # The extension and the commands ---------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,11 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             now = time.monotonic()
             self._others_until = now + max(_LEAST_FOR_OTHERS, now - start)
 
+    def rollback(self) -> None:
+        # On a full disk SQLite rolls back by itself; to do so again is an error, which would hide the first one.
+        if self.connection().in_transaction:  # type: ignore[no-untyped-call]
+            super().rollback()
+
     def tidy_up(self) -> None:
         # While others write all the time, a log that they can add to is never empty, and grows without end: each page
         # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.

@@ -57,6 +57,7 @@ from .frames import (
     end_of_version,
     failure,
     framed,
+    holds_another,
     last_frame,
     lock,
     name_of_user,
@@ -136,7 +137,7 @@ class FileStore(SessionStore):
 
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
-        frame = framed(record.version, pack_record(record))
+        packed = pack_record(record)
         path = self._path(record.id)
         try:
             handle, size = self.lock(path, create=expected == 0)
@@ -146,7 +147,7 @@ class FileStore(SessionStore):
                     raise conflict(record.id, expected)
                 if end < size:
                     os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
-                self.put(path, handle, end, record, frame)
+                self.put(path, handle, end, record, packed)
             finally:
                 unlock(handle)
         except OSError as error:
@@ -279,14 +280,16 @@ class FileStore(SessionStore):
                 raise
             unlock(handle)
 
-    def put(self, path: str, handle: int, end: int, record: SessionRecord, frame: bytes) -> None:
-        """Write the frame of *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
+    def put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
+        """Write *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
+        frame = framed(record.version, packed)
         try:
             if end == 0:
                 remove_history(path)  # of a session of that id that somebody removed without it
                 self.index(record)
-            if record.ended_at is not None:
-                # Nothing before may stay: its data is to go, and a damaged tail must not bring it back to life.
+            if record.ended_at is not None or holds_another(packed, record.id):
+                # Of an ended one nothing before may stay: its data is to go, and a damaged tail must not bring it back
+                # to life. What looks like two records in one must not be there in part.
                 rewrite(path, frame, sync=self._fsync)
             else:
                 self._append(path, handle, end, frame)

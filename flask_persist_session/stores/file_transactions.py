@@ -63,7 +63,7 @@ class Files(Protocol):
     def index(self, record: SessionRecord) -> None:
         """Enter a new session in the index of its user."""
 
-    def put(self, path: str, handle: int, end: int, record: SessionRecord, frame: bytes) -> None:
+    def put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
         """Write the frame of a record behind *end*."""
 
 
@@ -211,7 +211,7 @@ class FileTransaction:
             for step in self._steps:
                 if isinstance(step.change, Change):
                     record = step.change.record
-                    self._files.put(step.path, step.handle, step.end, record, framed(record.version, pack_record(record)))
+                    self._files.put(step.path, step.handle, step.end, record, pack_record(record))
                 else:
                     remove(step.path, last_frame(step.handle, step.start), sync=self._sync)
             with suppress(FileNotFoundError):  # a check was faster

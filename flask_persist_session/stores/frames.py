@@ -38,6 +38,9 @@ _SIGNED = struct.Struct("<IQ")
 _CHECKSUMS = struct.Struct("<II")
 _TRAILER = struct.Struct("<I")  # length of the record
 _AROUND = _HEADER.size + _TRAILER.size
+#: How each record begins: twelve fields, of which the first is a text of 67 bytes, its id.
+_BEGINNING = b"\x9c\xd9C"
+_WHOLE_BEGINNING = len(_BEGINNING) + 67  # with the id
 
 
 class Frame(NamedTuple):
@@ -62,6 +65,15 @@ def framed(version: int, record: bytes, transaction: str = "") -> bytes:
     signed = _SIGNED.pack(len(record), version)
     checksums = _CHECKSUMS.pack(zlib.crc32(signed), zlib.crc32(record))
     return b"".join((signed, checksums, record, _TRAILER.pack(len(record))))
+
+
+def holds_another(record: bytes, session_id: str) -> bool:
+    """Whether the data of a record look like a record of the same session.
+
+    They may look like a frame as well. If the process is killed just when it has written that far, they are at the end of
+    the file, where the last frame is looked for: a user could make a session what it is not.
+    """
+    return record.find(_BEGINNING + session_id.encode(), 1) >= 0
 
 
 def _header_at(content: bytes, start: int) -> tuple[int, int, int] | None:
@@ -109,13 +121,26 @@ def last_frame(handle: int, size: int) -> Frame | None:
 
 def _last_before_torn_tail(content: bytes) -> Frame | None:
     last, start = None, 0
-    while (header := _header_at(content, start)) is not None:
+    while 0 <= start < len(content):
+        header = _header_at(content, start)
         last = _frame_at(content, start, 0) or last
-        start += header[0] + _AROUND
+        start = _start_behind_damage(content, start) if header is None else start + header[0] + _AROUND
     return last
 
 
+def _start_behind_damage(content: bytes, start: int) -> int:
+    """Where the frame starts that follows one whose header is damaged; negative if there is none.
+
+    Its record begins as that of each frame of the session does, and nothing else that was appended has these bytes.
+    """
+    record = start + _HEADER.size
+    beginning = content[record : record + _WHOLE_BEGINNING]
+    return content.find(beginning, record + 1) - _HEADER.size if beginning.startswith(_BEGINNING) else -1
+
+
 def record_in(frame: Frame, session_id: str) -> SessionRecord:
+    if frame.record[: len(_BEGINNING)] != _BEGINNING:
+        raise SerializationError("the record does not begin as one of this package")
     record = that_of(unpack_record(frame.record), session_id)
     if record.version != frame.version:
         raise SerializationError("the version of the frame is not that of its record")
