@@ -13,14 +13,25 @@ import pytest
 from cachelib import SimpleCache
 from flask import Flask
 
-from flask_persist_session import BackupError, RestoreReport, SessionManager, SessionStore, backup_created, open_store
+from flask_persist_session import (
+    BackupError,
+    RestoreReport,
+    SessionConflict,
+    SessionManager,
+    SessionRecord,
+    SessionStore,
+    backup_created,
+    open_store,
+)
 from flask_persist_session import backup as backup_module
 from flask_persist_session import backup_files as files_module
 from flask_persist_session.announcer import Announcer
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
-from flask_persist_session.testing import make_record
+from flask_persist_session.migrate import Migration, MigrationReport, move_rest
+from flask_persist_session.stores.migrating import MigratingStore
+from flask_persist_session.testing import following, make_record
 from tests.conftest import Clock
 
 MakeApp = Callable[..., Flask]
@@ -400,3 +411,259 @@ def test_a_receiver_that_fails_costs_no_automatic_backup(make_app: MakeApp, capl
         report = app.extensions["persist_session"].automatic_backup.turn()
     assert heard == [report.path]
     assert "a receiver of a session's event failed" in caplog.text
+
+
+# Copying to another store ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source() -> SessionStore:
+    return open_store("memory://")
+
+
+@pytest.fixture
+def target() -> SessionStore:
+    return open_store("memory://")
+
+
+def copy(source: SessionStore, target: SessionStore, now: float = 0.0, **options: Any) -> MigrationReport:
+    return Migration(source, target, lambda: now, **options).run()
+
+
+def after_copying(target: SessionStore, happens: Callable[[], object]) -> None:
+    """Let something happen once, just before the copies are compared."""
+    get, todo = target.get, [happens]
+
+    def late(session_id: str) -> SessionRecord | None:
+        if todo:
+            todo.pop()()
+        return get(session_id)
+
+    target.get = late  # type: ignore[method-assign]
+
+
+def test_a_copy_that_is_missing_at_the_end_is_named(source: SessionStore, target: SessionStore) -> None:
+    """A target that loses sessions is found out."""
+    record = make_record()
+    source.save(record, expected=0)
+    after_copying(target, lambda: target.delete(record.id))
+    report = copy(source, target)
+    assert (report.compared, report.different) == (1, (record.id,))
+
+
+def test_a_session_that_has_gone_or_expired_since_it_was_copied_is_not_compared(
+    source: SessionStore, target: SessionStore, clock: Clock
+) -> None:
+    """The target may have removed it too."""
+    gone, expired = make_record(1), make_record(2, expires_at=clock() + 10)
+    for record in gone, expired:
+        source.save(replace(record, expires_at=clock() + 10), expected=0)
+
+    def happens() -> None:
+        source.delete(gone.id)
+        clock.advance(10)
+        for record in gone, expired:
+            target.delete(record.id)
+
+    report = Migration(source, target, clock, lambda _: happens()).run()
+    assert (report.copied, report.compared, report.different) == (2, 0, ())
+
+
+@pytest.mark.parametrize("who", ["source", "target"])
+def test_a_session_that_is_used_while_it_is_compared_is_no_difference(
+    who: str, source: SessionStore, target: SessionStore
+) -> None:
+    """One of the stores has a later state of it."""
+    record = make_record()
+    source.save(record, expected=0)
+    used = {"source": source, "target": target}[who]
+    change = replace(record, data=b"later", accessed_at=record.accessed_at + 1, version=2)
+    after_copying(target, lambda: used.save(change, expected=1))
+    if who == "source":
+        get = source.get
+        source.get = lambda session_id: target.get(session_id) and get(session_id)  # type: ignore[method-assign]
+    assert copy(source, target).different == ()
+
+
+def test_a_session_expires_at_its_moment(source: SessionStore, target: SessionStore) -> None:
+    """One whose time is up just now is left behind."""
+    record = make_record()
+    source.save(record, expected=0)
+    assert copy(source, target, record.expires_at) == MigrationReport(expired=1)
+
+
+def test_a_copy_that_is_used_at_that_moment_is_left_alone(source: SessionStore, target: SessionStore) -> None:
+    """What it has is newer than what the source had."""
+    record = make_record()
+    target.save(record, expected=0)
+    source.save(record, expected=0)
+    source.save(following(record, data=b"of the source", accessed_at=record.accessed_at + 1), expected=1)
+    get = target.get
+
+    def get_and_use(session_id: str) -> SessionRecord | None:
+        found = get(session_id)
+        if found == record:
+            target.save(following(record, data=b"used", accessed_at=record.accessed_at + 2), expected=1)
+        return found
+
+    target.get = get_and_use  # type: ignore[method-assign]
+    report = copy(source, target)
+    assert (report.updated, report.present, report.different) == (0, 1, ())
+    assert get(record.id) == following(record, data=b"used", accessed_at=record.accessed_at + 2)
+
+
+def test_the_later_request_counts_and_then_the_later_version(source: SessionStore, target: SessionStore) -> None:
+    """Versions of two stores tell nothing of each other, but of two changes in one moment the second has the higher."""
+    requested, saved, older = (make_record(number) for number in range(3))
+    for record in requested, saved, older:
+        source.save(record, expected=0)
+    copy(source, target)
+    later = replace(requested, accessed_at=requested.accessed_at + 1, data=b"later", version=2)
+    for version in 2, 3:
+        target.save(replace(requested, version=version), expected=version - 1)
+        source.save(following(replace(older, version=version - 1), data=b"x"), expected=version - 1)
+    target.save(replace(older, accessed_at=older.accessed_at + 1, version=2), expected=1)
+    source.save(later, expected=1)
+    source.save(following(saved, data=b"again"), expected=1)
+    assert copy(source, target).updated == 2
+    assert {record.data for record in target.scan()} == {b"later", b"again", older.data}
+
+
+def test_the_sample_is_of_all_sessions_and_no_larger(
+    source: SessionStore, target: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each session may be in it, be it copied first or last; the comparison does not grow with the store."""
+    monkeypatch.setattr("flask_persist_session.migrate.SAMPLE", 2)
+    for number in range(4):
+        source.save(make_record(number), expected=0)
+    met: set[str] = set()
+    compare = Migration._compare
+
+    def listen(self: Migration) -> Any:
+        met.update(self._sample)
+        return compare(self)
+
+    monkeypatch.setattr(Migration, "_compare", listen)
+    for _ in range(200):
+        assert copy(source, target).compared == 2
+        for record in target.scan():
+            target.delete(record.id)
+        if len(met) == 4:
+            break
+    assert met == {record.id for record in source.scan()}
+
+
+def test_what_was_transferred_is_all_that_the_target_has() -> None:
+    """Copied, updated, or there already."""
+    assert MigrationReport(copied=1, updated=2, present=4, expired=8).transferred == 7
+
+
+# Moving to another store ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def migrating() -> MigratingStore:
+    return MigratingStore(open_store("memory://"), open_store("memory://"))
+
+
+@pytest.fixture
+def left(migrating: MigratingStore) -> SessionRecord:
+    """A session that is in the old store only."""
+    record = make_record()
+    migrating.old.save(record, expected=0)
+    return record
+
+
+def test_the_id_of_a_session_of_the_old_store_is_taken(migrating: MigratingStore, left: SessionRecord) -> None:
+    """Nothing is created over it."""
+    with pytest.raises(SessionConflict):
+        migrating.save(left, expected=0)
+    assert migrating.store.get(left.id) is None
+
+
+def test_a_change_of_a_session_of_the_old_store_is_saved_in_the_new_one(
+    migrating: MigratingStore, left: SessionRecord
+) -> None:
+    """A request that read it before it could be moved saves what it has."""
+    changed = following(left, data=b"changed")
+    migrating.save(changed, expected=left.version)
+    assert (migrating.store.get(left.id), migrating.old.get(left.id)) == (changed, None)
+
+
+def test_a_change_of_another_version_of_the_old_store_is_a_conflict(migrating: MigratingStore, left: SessionRecord) -> None:
+    """As in any store."""
+    with pytest.raises(SessionConflict):
+        migrating.save(following(following(left)), expected=2)
+    assert migrating.get(left.id) == left
+
+
+@pytest.mark.parametrize("expected", [None, 1])
+def test_a_session_of_the_old_store_is_deleted_there(
+    expected: int | None, migrating: MigratingStore, left: SessionRecord
+) -> None:
+    """It does not come back from either store."""
+    assert migrating.delete(left.id, expected=expected)
+    assert migrating.get(left.id) is None
+
+
+def test_another_version_of_the_old_store_is_not_deleted(migrating: MigratingStore, left: SessionRecord) -> None:
+    """A cleanup removes just the version that it saw expire."""
+    assert not migrating.delete(left.id, expected=2)
+    assert migrating.get(left.id) == left
+
+
+@pytest.mark.parametrize("expected", [None, 1])
+def test_a_copy_that_was_left_behind_is_deleted_too(
+    expected: int | None, migrating: MigratingStore, left: SessionRecord
+) -> None:
+    """A crash in the middle of a move leaves one; a session that was deleted does not come back by it."""
+    migrating.store.save(left, expected=0)
+    assert migrating.delete(left.id, expected=expected)
+    assert migrating.get(left.id) is None
+
+
+def test_leases_and_notes_are_those_of_the_new_store(migrating: MigratingStore) -> None:
+    """Where the old one is down, or gone at last, cleanups and what is known of them go on."""
+    assert migrating.lease("sweep", 60)
+    assert migrating.old.lease("sweep", 60)
+    migrating.note("cleanup", 7.0)
+    assert (migrating.noted("cleanup"), migrating.store.noted("cleanup"), migrating.old.noted("cleanup")) == (
+        7.0,
+        7.0,
+        None,
+    )
+
+
+def test_both_stores_are_looked_after(tmp_path: Path) -> None:
+    """A check repairs each, and optimizing gives back the room of each, in full where it is asked for."""
+    places = [tmp_path / name for name in ("new", "old")]
+    store, old = (open_store(f"file://{place}") for place in places)
+    records = [make_record(number) for number in range(2)]
+    for each, place, record in zip((store, old), places, records, strict=True):
+        each.save(record, expected=0)
+        for version in range(1, 40):
+            each.save(replace(record, data=bytes(500), version=version + 1), expected=version)
+        [path] = place.rglob("*.session")
+        path.chmod(0o644)
+    migrating = MigratingStore(store, old)
+    seen: list[str] = []
+    found = list(migrating.check(repair=True, seen=lambda record: seen.append(record.id)))
+    assert [(finding.kind, finding.repaired) for finding in found] == [("mode", True)] * 2
+    assert sorted(seen) == sorted(record.id for record in records)
+    assert [improvement.text.split(" that")[0] for improvement in migrating.optimize()] == ["rewrote 1 files"] * 2
+
+
+def test_optimizing_in_full_is_handed_on_to_both_stores(migrating: MigratingStore) -> None:
+    """A database is rewritten only in full, be it the old one or the new one."""
+    asked: list[bool] = []
+    for store in migrating.store, migrating.old:
+        store.optimize = lambda *, full=False: iter(asked.append(full) or ())  # type: ignore[method-assign, func-returns-value]
+    assert list(migrating.optimize(full=True)) == []
+    assert asked == [True, True]
+
+
+def test_moving_the_rest_tells_its_progress(migrating: MigratingStore, left: SessionRecord) -> None:
+    """Session by session."""
+    steps: list[int] = []
+    assert move_rest(migrating, steps.append) == 1
+    assert steps == [1]
