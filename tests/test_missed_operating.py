@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cachelib import SimpleCache
+from cachelib import FileSystemCache, SimpleCache
 from flask import Flask
 
 from flask_persist_session import (
     BackupError,
+    BackupReport,
+    PersistSession,
     RestoreReport,
     SessionConflict,
     SessionManager,
     SessionRecord,
     SessionStore,
+    StoreError,
     backup_created,
     open_store,
 )
@@ -32,7 +38,9 @@ from flask_persist_session.backup_files import backups_in
 from flask_persist_session.migrate import Migration, MigrationReport, move_rest
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import following, make_record
+from flask_persist_session.upgrade import ImportReport
 from tests.conftest import Clock
+from tests.taken_over import add_views, with_cookie
 
 MakeApp = Callable[..., Flask]
 
@@ -667,3 +675,226 @@ def test_moving_the_rest_tells_its_progress(migrating: MigratingStore, left: Ses
     steps: list[int] = []
     assert move_rest(migrating, steps.append) == 1
     assert steps == [1]
+
+
+# Taking over ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def former(tmp_path: Path) -> FileSystemCache:
+    """The files of Flask-Session, with a session of one user."""
+    cache = FileSystemCache(str(tmp_path / "old"))
+    cache.set("session:ada", {"_user_id": "Ada"}, 86400)
+    return cache
+
+
+def taking_over(make_app: MakeApp, tmp_path: Path, **settings: Any) -> Flask:
+    """An application that takes over what is there."""
+    return add_views(make_app(PERSIST_SESSION_UPGRADE_FROM=[f"flask-session+file://{tmp_path}/old?pickle=1"], **settings))
+
+
+def import_all(app: Flask, **options: Any) -> ImportReport:
+    with app.app_context():
+        return PersistSession().import_sessions(**options)
+
+
+def test_a_dry_run_of_an_import_deletes_nothing(former: FileSystemCache, make_app: MakeApp, tmp_path: Path) -> None:
+    """Also where it is told to."""
+    app = taking_over(make_app, tmp_path)
+    report = import_all(app, dry_run=True, delete=True)
+    assert (report.imported, report.dry_run) == (1, True)
+    assert former.get("session:ada") == {"_user_id": "Ada"}
+    assert app.extensions["persist_session"].manager.stats().total == 0
+
+
+def test_an_import_of_what_has_expired_counts_it_and_leaves_it(
+    former: FileSystemCache, make_app: MakeApp, tmp_path: Path
+) -> None:
+    """Nobody is signed in by a session whose time is up."""
+    app = taking_over(make_app, tmp_path)
+    app.extensions["persist_session"].manager.clock = Clock(time.time() + 86401)
+    assert import_all(app, delete=True) == ImportReport(expired=1)
+    assert former.get("session:ada") == {"_user_id": "Ada"}
+
+
+def test_a_session_too_large_to_be_imported_costs_itself_alone(
+    former: FileSystemCache, make_app: MakeApp, tmp_path: Path
+) -> None:
+    """It counts as unreadable, and stays where it was."""
+    former.set("session:bob", {"x": "y" * 5000}, 86400)
+    report = import_all(taking_over(make_app, tmp_path, PERSIST_SESSION_MAX_BYTES=2000), delete=True)
+    assert report == ImportReport(imported=1, unreadable=1)
+    assert former.get("session:bob") is not None
+
+
+def test_an_import_is_of_all_that_is_set(former: FileSystemCache, make_app: MakeApp, tmp_path: Path) -> None:
+    """Counts of several places are added up."""
+    FileSystemCache(str(tmp_path / "older")).set("session:bob", {"_user_id": "Bob"}, 86400)
+    app = make_app()
+    with app.app_context():
+        urls = [f"flask-session+file://{tmp_path}/{name}?pickle=1" for name in ("old", "older")]
+        assert PersistSession().import_sessions(urls).imported == 2
+
+
+def test_a_record_that_cannot_be_removed_is_logged_and_its_user_served(
+    former: FileSystemCache,
+    make_app: MakeApp,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What stands for it here makes sure that the old cookie opens nothing."""
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("flask_persist_session.origins.os.remove", refuse)
+    app = taking_over(make_app, tmp_path)
+    client = with_cookie(app, "ada")
+    assert [client.get("/me").text for _ in range(2)] == ["Ada", "Ada"]
+    assert "could not be removed after it was taken over" in caplog.text
+    assert with_cookie(app, "ada").get("/me").text == "nobody"
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def run(app: Flask, *arguments: str) -> tuple[int, str]:
+    result = app.test_cli_runner().invoke(args=["sessions", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(
+    "command", ["backup {here}/backups", "restore {archive} --yes", "migrate --to memory://", "import", "check", "migrate"]
+)
+def test_a_long_command_shows_its_progress(
+    command: str, former: FileSystemCache, make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it shows adds up to the sessions that it has dealt with."""
+    monkeypatch.setattr(backup_module, "_STEP", 1)
+    settings = {"PERSIST_SESSION_MIGRATE_FROM": f"file://{tmp_path}/before"} if command == "migrate" else {}
+    app = taking_over(make_app, tmp_path, **settings)
+    store = open_store(f"file://{tmp_path}/before") if settings else app.extensions["persist_session"].store
+    SessionManager(store).create({"a": 1})
+    archive = save_archive(SessionManager(store), tmp_path / "archives", now=time.time())
+    steps: list[int] = []
+
+    class Bar(AbstractContextManager[Callable[[int], None]]):
+        def __init__(self, label: str, length: int | None = None) -> None:
+            assert length in (None, 1)
+
+        def __enter__(self) -> Callable[[int], None]:
+            return steps.append
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr("flask_persist_session.terminal.progress", Bar)
+    status, output = run(app, *command.format(here=tmp_path, archive=archive).split())
+    assert (status, sum(steps)) == (0, 1), output
+
+
+def test_copies_that_are_not_alike_make_the_command_fail(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status is 1, and five of them are named."""
+    ids = tuple(make_record(number).id for number in range(7))
+    monkeypatch.setattr(Migration, "_compare", lambda self: (9, ids))
+    status, output = run(make_app(), "migrate", "--to", "memory://")
+    assert status == 1
+    assert f"7 of 9 compared sessions are not alike: {', '.join(ids[:5])}; run it again" in output
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("user_id", ("--user", "7")),
+        ("tenant_id", ("--tenant", "acme")),
+        ("tags", ("--tag", "a", "--tag", "b")),
+        ("include_expired", ("--include-expired",)),
+        ("keep", ("--keep", "3")),
+    ],
+)
+def test_each_option_of_a_backup_is_handed_on(
+    option: str, arguments: tuple[str, ...], make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command chooses as the function does."""
+    asked: list[dict[str, Any]] = []
+    report = BackupReport(path="x", created_at=0.0, bytes=0)
+    monkeypatch.setattr(PersistSession, "backup", lambda self, path, **options: asked.append(options) or report)
+    assert run(make_app(), "backup", str(tmp_path), *arguments)[0] == 0
+    given = {"user_id": "7", "tenant_id": "acme", "tags": ("a", "b"), "include_expired": True, "keep": 3}
+    nothing = {"user_id": None, "tenant_id": None, "tags": (), "include_expired": False, "keep": None}
+    assert {name: asked[0][name] for name in nothing} == nothing | {option: given[option]}
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments", "value"),
+    [
+        ("strategy", ("--strategy", "newer"), "newer"),
+        ("dry_run", ("--dry-run",), True),
+        ("sign_out", ("--sign-out",), True),
+    ],
+)
+def test_each_option_of_a_restore_is_handed_on(
+    option: str, arguments: tuple[str, ...], value: object, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run asks nobody, for it changes nothing."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        PersistSession, "restore", lambda self, path, **options: asked.append(options) or RestoreReport(restored=1)
+    )
+    yes = () if option == "dry_run" else ("--yes",)
+    assert run(make_app(), "restore", "x.tar.gz", *arguments, *yes)[0] == 0
+    nothing = {"strategy": "skip", "dry_run": False, "sign_out": False}
+    assert {name: asked[0][name] for name in nothing} == nothing | {option: value}
+
+
+def test_a_restore_that_failed_in_part_tells_why(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With exit status 1."""
+    report = RestoreReport(restored=1, failed=1, reasons=("7e1: no good",))
+    monkeypatch.setattr(PersistSession, "restore", lambda self, path, **options: report)
+    status, output = run(make_app(), "restore", "x.tar.gz", "--yes")
+    assert status == 1
+    assert output.endswith("\nfailed: 7e1: no good\n")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (StoreError("it is down"), 1)])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_restore_that_stops_says_what_it_did(
+    error: BaseException, status: int, dry: bool, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far it came, in what state the store is, and what to do."""
+
+    def stop(self: PersistSession, path: str, *, progress: Callable[[int], None], **options: Any) -> RestoreReport:
+        for _ in range(2):
+            progress(400)
+        raise error
+
+    monkeypatch.setattr(PersistSession, "restore", stop)
+    ended, output = run(make_app(), "restore", "x.tar.gz", "--dry-run" if dry else "--yes")
+    assert ended == status
+    state = "nothing was changed" if dry else "what it restored is complete"
+    assert f"after 800 sessions: {state}; run it again for the rest" in output
+
+
+def test_an_archive_that_does_not_verify_makes_the_listing_fail(make_app: MakeApp, tmp_path: Path) -> None:
+    """The exit status is for monitoring; the facts are there for programs too."""
+    app = make_app()
+    app.extensions["persist_session"].manager.create({"a": 1})
+    with app.app_context():
+        path = Path(PersistSession().backup(tmp_path).path)
+    status, output = run(app, "backups", str(tmp_path), "--json")
+    [facts] = json.loads(output)
+    assert (status, facts["sessions"], facts["verified"], facts["error"]) == (0, 1, True, None)
+    path.write_bytes(path.read_bytes()[:-10])
+    status, output = run(app, "backups", str(tmp_path), "--json")
+    [facts] = json.loads(output)
+    assert (status, facts["sessions"], facts["verified"]) == (1, None, False)
+    assert "cut off" in facts["error"]
+    assert run(app, "backups", str(tmp_path))[0] == 1
+
+
+def test_sessions_too_large_for_an_archive_are_told(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes the archive for complete."""
+    report = BackupReport(path="x", created_at=0.0, bytes=0, left_out=2)
+    monkeypatch.setattr(PersistSession, "backup", lambda self, path, **options: report)
+    assert "left out 2 sessions that are too large" in run(make_app(), "backup", "x")[1]
