@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from flask import Flask
 from flask_persist_session import (
     BackupError,
     BackupReport,
+    MonthlyArchive,
     PersistSession,
     RestoreReport,
     SessionConflict,
@@ -31,6 +33,7 @@ from flask_persist_session import (
 )
 from flask_persist_session import backup as backup_module
 from flask_persist_session import backup_files as files_module
+from flask_persist_session import monthly_archive as monthly_module
 from flask_persist_session.announcer import Announcer
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
@@ -675,6 +678,57 @@ def test_moving_the_rest_tells_its_progress(migrating: MigratingStore, left: Ses
     steps: list[int] = []
     assert move_rest(migrating, steps.append) == 1
     assert steps == [1]
+
+
+# Monthly archives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> MonthlyArchive:
+    return MonthlyArchive(str(tmp_path / "archives"))
+
+
+def test_a_new_archive_is_synced_with_its_directory(archive: MonthlyArchive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the sessions are removed that are in it; later batches need the file alone."""
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    for number in range(2):
+        archive.add("web", [make_record(number)], 0.0)
+    assert synced == [False, True, False]
+
+
+def test_the_month_of_an_archive_is_that_in_utc(
+    archive: MonthlyArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Wherever the server is."""
+    request.addfinalizer(time.tzset)  # runs after the zone is as it was
+    with monkeypatch.context() as here:
+        here.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        archive.add("web", [make_record()], 1_701_388_799.0)  # a second before December, in UTC
+    assert os.listdir(tmp_path / "archives") == ["sessions_archive_202311.jsonl.gz"]
+
+
+def test_the_last_state_of_a_batch_is_found(archive: MonthlyArchive) -> None:
+    """Of a session that is twice in one batch, too."""
+    record = make_record()
+    archive.add("web", [record, following(record, data=b"later")], 0.0)
+    found = archive.search(record.id)
+    assert found is not None
+    assert found.record.data == b"later"
+
+
+@pytest.mark.parametrize("damage", ["cut off within", "with something behind it"])
+def test_a_member_that_is_not_one_whole_gzip_is_refused(damage: str, archive: MonthlyArchive, tmp_path: Path) -> None:
+    """Though its length is right: a part of its sessions would be missing, or something else hidden in it."""
+    archive.add("web", [make_record()], 0.0)
+    [path] = (tmp_path / "archives").iterdir()
+    content = path.read_bytes()
+    start, head = content[: len(monthly_module._START)], monthly_module._HEADER_BYTES
+    rest = content[head:-4] if damage == "cut off within" else content[head:] + b"hidden"
+    path.write_bytes(start + monthly_module._LENGTH.pack(head + len(rest)) + rest)
+    with pytest.raises(BackupError, match="damaged at byte 0"):
+        archive.search(make_record().id)
 
 
 # Taking over ----------------------------------------------------------------------------------------------------------
