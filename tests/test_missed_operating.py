@@ -39,6 +39,8 @@ from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
 from flask_persist_session.migrate import Migration, MigrationReport, move_rest
+from flask_persist_session.stores import file_upkeep, frames
+from flask_persist_session.stores.frames import name_of_user
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import following, make_record
 from flask_persist_session.upgrade import ImportReport
@@ -729,6 +731,165 @@ def test_a_member_that_is_not_one_whole_gzip_is_refused(damage: str, archive: Mo
     path.write_bytes(start + monthly_module._LENGTH.pack(head + len(rest)) + rest)
     with pytest.raises(BackupError, match="damaged at byte 0"):
         archive.search(make_record().id)
+
+
+# Checking files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a store of files, in which nobody else writes."""
+    monkeypatch.setattr(file_upkeep, "_SETTLED", 0.0)
+    return tmp_path / "sessions" / "web"
+
+
+@pytest.fixture
+def files(root: Path) -> SessionStore:
+    """A store with a session of a user, a lease and a note."""
+    store = open_store(f"file://{root.parent}")
+    store.save(RECORD, expected=0)
+    store.lease("sweep", 60)
+    store.note("cleanup", 7.0)
+    return store
+
+
+RECORD = make_record(7, user_id="alice")
+PLACES = {
+    "namespace": "",
+    "shard": "{shard}",
+    "session": "{shard}/{id}.session",
+    "users": "{shard}/users",
+    "user": "{shard}/users/{user}",
+    "entry": "{shard}/users/{user}/{id}",
+    "leases": "leases",
+    "lease": "leases/sweep",
+    "notes": "notes",
+    "note": "notes/cleanup",
+}
+
+
+def place_of(root: Path, name: str) -> Path:
+    return root / PLACES[name].format(shard=RECORD.id[:3], id=RECORD.id, user=name_of_user("alice"))
+
+
+def found(store: SessionStore, *, repair: bool) -> list[tuple[str, bool]]:
+    return sorted((finding.kind, finding.repaired) for finding in store.check(repair=repair))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_everything_that_the_group_may_use_is_closed(place: str, files: SessionStore, root: Path) -> None:
+    """Each file and directory of the store; users can be told from the names alone."""
+    path = place_of(root, place)
+    before = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(before | 0o040)
+    assert found(files, repair=False) == [("mode", False)]
+    assert stat.S_IMODE(path.stat().st_mode) == before | 0o040
+    assert found(files, repair=True) == [("mode", True)]
+    assert stat.S_IMODE(path.stat().st_mode) == before
+
+
+def test_what_belongs_to_another_user_is_told(files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose it is only that user, or an administrator, can change."""
+    assert found(files, repair=False) == []
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    told = list(files.check(repair=True))
+    assert {(finding.kind, finding.repaired) for finding in told} == {("mode", False)}
+    assert {Path(finding.where) for finding in told} == {place_of(root, place) for place in PLACES}
+    assert f"not to {another}: give it back with chown" in told[0].text
+
+
+def test_a_session_in_the_shard_of_another_is_foreign(files: SessionStore, root: Path) -> None:
+    """Nothing would find it there."""
+    wrong = root / ("3ff" if RECORD.id[:3] != "3ff" else "3fe")
+    wrong.mkdir(mode=0o700)
+    (wrong / f"{RECORD.id}.session").write_bytes(place_of(root, "session").read_bytes())
+    assert found(files, repair=True) == [("foreign", False)]
+
+
+def test_every_damaged_file_is_kept_for_people(files: SessionStore, root: Path) -> None:
+    """Also one of which nothing is intact, and each time."""
+    kept = set()
+    for number in range(3):
+        content = b"nothing of a session %d" % number * 50
+        place_of(root, "session").write_bytes(content)
+        place_of(root, "session").chmod(0o600)
+        kept.add(content)
+        assert ("record", True) in found(files, repair=True)
+        assert {path.read_bytes() for path in (root / "damaged").iterdir()} == kept
+        assert not place_of(root, "session").exists()
+
+
+def test_what_is_damaged_is_on_the_disk_elsewhere_before_it_is_removed(
+    files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the store syncs its saves."""
+    place_of(root, "session").write_bytes(b"nothing of a session" * 50)
+    steps: list[str] = []
+    fsync, unlink = os.fsync, os.unlink
+
+    def note_fsync(handle: int) -> None:
+        steps.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def note_unlink(path: str) -> None:
+        steps.append("removed")
+        unlink(path)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    list(files.check(repair=True))
+    assert steps[:3] == ["file", "directory", "removed"]
+
+
+def test_a_session_that_is_locked_for_long_is_told(root: Path, files: SessionStore) -> None:
+    """The check goes on with the others, and touches nothing of it."""
+    impatient = open_store(f"file://{root.parent}?timeout=0.05")
+    path = place_of(root, "session")
+    os.truncate(path, path.stat().st_size - 1)
+    content = path.read_bytes()
+    handle, _ = frames.lock(str(path), 1.0, create=False)
+    try:
+        told = list(impatient.check(repair=True))
+    finally:
+        frames.unlock(handle)
+    assert any("locked for more than 0.05 s" in finding.text for finding in told)
+    assert path.read_bytes() == content
+
+
+def test_optimizing_leaves_a_torn_file_to_a_repair(files: SessionStore, root: Path) -> None:
+    """What may still be of use to people is not thrown away by the way."""
+    path = place_of(root, "session")
+    record = RECORD
+    for version in range(1, 30):
+        record = following(record, data=bytes(700))
+        files.save(record, expected=version)
+    os.truncate(path, path.stat().st_size - 1)
+    content = path.read_bytes()
+    assert list(files.optimize()) == []
+    assert path.read_bytes() == content
+
+
+def test_optimizing_syncs_where_saves_do(files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``fsync=1`` a file that is written anew is on the disk before it takes the place of the other."""
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    for fsynced in True, False:
+        store, record = open_store(f"file://{root.parent}?fsync={int(fsynced)}"), files.get(RECORD.id)
+        assert record is not None
+        for version in range(record.version, record.version + 30):
+            record = following(record, data=bytes(700))
+            files.save(record, expected=version)
+        with monkeypatch.context() as here:
+            here.setattr(os, "fsync", note)
+            assert len(list(store.optimize())) == 1
+        assert synced == [False, True] * fsynced
+        synced.clear()
 
 
 # Taking over ----------------------------------------------------------------------------------------------------------
