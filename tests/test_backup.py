@@ -598,6 +598,15 @@ def test_an_archive_with_something_behind_it_is_refused(what: str, good: str, cl
     assert_refused(path, clock, "something follows its manifest")
 
 
+def test_an_archive_with_something_behind_the_last_piece_is_refused(
+    good: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the archive ends with what was read at once."""
+    monkeypatch.setattr(archive_module, "_READ_BYTES", Path(good).stat().st_size)
+    (tmp_path / "x.tar.gz").write_bytes(Path(good).read_bytes() + b"x")
+    assert_refused(tmp_path / "x.tar.gz", clock, "something follows its manifest")
+
+
 def test_a_member_that_ends_within_a_line_is_refused(good: str, clock: Clock, tmp_path: Path) -> None:
     """Its last session would be left out."""
     files = unpacked(good)

@@ -8,7 +8,8 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -855,6 +856,31 @@ def test_a_session_that_is_locked_for_long_is_told(root: Path, files: SessionSto
         frames.unlock(handle)
     assert any("locked for more than 0.05 s" in finding.text for finding in told)
     assert path.read_bytes() == content
+
+
+def test_a_session_on_its_way_out_is_not_entered_again(files: SessionStore, root: Path) -> None:
+    """Its entry in the index has gone, and its file follows while the check waits for the lock."""
+    path, entry = place_of(root, "session"), place_of(root, "entry")
+    handle, _ = frames.lock(str(path), 1.0, create=False)
+    entry.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(found, files, repair=True)
+        with suppress(TimeoutError):
+            checking.result(timeout=0.1)
+        path.unlink()
+        frames.unlock(handle)
+        assert checking.result() == []
+    assert not entry.exists()
+
+
+def test_a_file_that_may_not_be_read_is_told(files: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check goes on with the others."""
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(file_upkeep, "_frame_at_end", refuse)
+    assert ("mode", False) in found(files, repair=True)
 
 
 def test_optimizing_leaves_a_torn_file_to_a_repair(files: SessionStore, root: Path) -> None:
