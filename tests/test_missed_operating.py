@@ -26,9 +26,11 @@ from flask_persist_session import (
     RestoreReport,
     SessionConflict,
     SessionManager,
+    SessionQuery,
     SessionRecord,
     SessionStore,
     StoreError,
+    StoreUnavailable,
     backup_created,
     open_store,
 )
@@ -881,6 +883,55 @@ def test_a_file_that_may_not_be_read_is_told(files: SessionStore, monkeypatch: p
 
     monkeypatch.setattr(file_upkeep, "_frame_at_end", refuse)
     assert ("mode", False) in found(files, repair=True)
+
+
+def test_a_session_that_comes_into_being_during_a_repair_stays(
+    files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry without a session is removed only once it is locked, and only if there is none still."""
+    place_of(root, "session").unlink()
+    lock = file_upkeep.lock
+
+    def save_and_lock(path: str, timeout: float, *, create: bool) -> tuple[int, int]:
+        monkeypatch.setattr(file_upkeep, "lock", lock)
+        files.save(RECORD, expected=0)
+        return lock(path, timeout, create=create)
+
+    monkeypatch.setattr(file_upkeep, "lock", save_and_lock)
+    assert found(files, repair=True) == []
+    assert list(files.find(SessionQuery(user_id="alice"))) == [RECORD]
+
+
+def test_a_file_is_written_anew_only_while_it_is_locked(files: SessionStore, root: Path) -> None:
+    """Else what a request saves at this moment would be lost."""
+    record = RECORD
+    for version in range(1, 30):
+        record = following(record, data=bytes(700))
+        files.save(record, expected=version)
+    path = place_of(root, "session")
+    before = path.read_bytes()
+    handle, _ = frames.lock(str(path), 1.0, create=False)
+    with ThreadPoolExecutor(1) as pool:
+        optimizing = pool.submit(lambda: list(files.optimize()))
+        with suppress(TimeoutError):
+            optimizing.result(timeout=0.1)
+        assert path.read_bytes() == before
+        frames.unlock(handle)
+        assert len(optimizing.result()) == 1
+
+
+@pytest.mark.parametrize(("call", "work"), [("scandir", "check"), ("scandir", "optimize"), ("rmdir", "optimize")])
+def test_a_disk_that_fails_is_an_error_of_the_store(
+    call: str, work: str, files: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that could not be looked at counts as whole, or as tidied up."""
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        list(files.check(repair=False) if work == "check" else files.optimize())
 
 
 def test_optimizing_leaves_a_torn_file_to_a_repair(files: SessionStore, root: Path) -> None:
