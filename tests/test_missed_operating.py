@@ -33,6 +33,7 @@ from flask_persist_session import (
     StoreUnavailable,
     backup_created,
     open_store,
+    upkeep,
 )
 from flask_persist_session import backup as backup_module
 from flask_persist_session import backup_files as files_module
@@ -41,6 +42,7 @@ from flask_persist_session.announcer import Announcer
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
+from flask_persist_session.cleanup import NOTE
 from flask_persist_session.migrate import Migration, MigrationReport, move_rest
 from flask_persist_session.stores import file_upkeep, frames
 from flask_persist_session.stores.frames import name_of_user
@@ -966,6 +968,61 @@ def test_optimizing_syncs_where_saves_do(files: SessionStore, root: Path, monkey
             assert len(list(store.optimize())) == 1
         assert synced == [False, True] * fsynced
         synced.clear()
+
+
+# Health and checks of several namespaces -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def managers(clock: Clock) -> dict[str, SessionManager]:
+    return {name: new_manager(clock) for name in ("web", "chat")}
+
+
+def test_health_is_that_of_the_worst_namespace(managers: dict[str, SessionManager], clock: Clock) -> None:
+    """The slowest write and read, and the cleanup that was longest ago."""
+    moments = iter([0.0, 0.1, 1.0, 1.4, 2.0, 2.2, 3.0, 3.3])
+    for manager, ago in zip(managers.values(), (10, 20), strict=True):
+        manager.store.note(NOTE, clock() - ago)
+    told = upkeep.health(managers, timer=lambda: next(moments))
+    assert told.write_seconds == pytest.approx(0.2)
+    assert told.read_seconds == pytest.approx(0.4)
+    assert told.last_cleanup == clock() - 20
+
+
+def test_health_writes_and_reads_each_store(managers: dict[str, SessionManager]) -> None:
+    """A store of which only one of both works is not healthy."""
+    stores = [CountingStore(manager.store) for manager in managers.values()]
+    for manager, store in zip(managers.values(), stores, strict=True):
+        manager.store = store
+    upkeep.health(managers)
+    assert all(store.operations["get"] == 1 <= store.operations["note"] for store in stores)
+
+
+def test_all_namespaces_are_checked_and_tidied_up(managers: dict[str, SessionManager]) -> None:
+    """With repair and in full where it is asked for."""
+    asked: list[tuple[str, bool]] = []
+    for manager in managers.values():
+        manager.create({"a": 1})
+        manager.store = _Noting(manager.store, asked)
+    assert upkeep.check(managers, repair=True).checked == 2
+    assert upkeep.optimize(managers, full=True) == ()
+    assert asked == [("check", True)] * 2 + [("optimize", True)] * 2
+
+
+class _Noting(CountingStore):
+    """Notes with which option a check or a tidying up was asked for."""
+
+    def __init__(self, store: SessionStore, asked: list[tuple[str, bool]]) -> None:
+        super().__init__(store)
+        self._asked = asked
+
+    def check(self, *, repair: bool, **options: Any) -> Any:
+        self._asked.append(("check", repair))
+        return self.store.check(repair=repair, **options)
+
+    def optimize(self, *, full: bool = False) -> Any:
+        self._asked.append(("optimize", full))
+        return self.store.optimize(full=full)
 
 
 # Taking over ----------------------------------------------------------------------------------------------------------
