@@ -21,6 +21,8 @@ from flask import Flask
 from flask_persist_session import (
     BackupError,
     BackupReport,
+    CheckReport,
+    Finding,
     MonthlyArchive,
     PersistSession,
     RestoreReport,
@@ -1246,3 +1248,11 @@ def test_sessions_too_large_for_an_archive_are_told(make_app: MakeApp, monkeypat
     report = BackupReport(path="x", created_at=0.0, bytes=0, left_out=2)
     monkeypatch.setattr(PersistSession, "backup", lambda self, path, **options: report)
     assert "left out 2 sessions that are too large" in run(make_app(), "backup", "x")[1]
+
+
+def test_a_check_of_many_findings_counts_the_rest(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not listed is not hidden."""
+    finding = Finding(kind="torn", where="x", text="it is torn")
+    report = CheckReport(checked=1, found=1005, findings=(finding,) * 1000)
+    monkeypatch.setattr(PersistSession, "check", lambda self, **options: report)
+    assert "\n… and 5 more\n" in run(make_app(), "check")[1]
