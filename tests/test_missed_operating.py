@@ -26,6 +26,7 @@ from flask_persist_session import (
     MonthlyArchive,
     PersistSession,
     RestoreReport,
+    SerializationError,
     SessionConflict,
     SessionManager,
     SessionQuery,
@@ -970,6 +971,111 @@ def test_optimizing_syncs_where_saves_do(files: SessionStore, root: Path, monkey
             assert len(list(store.optimize())) == 1
         assert synced == [False, True] * fsynced
         synced.clear()
+
+
+def test_a_lock_is_never_on_a_file_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking somebody may delete the session: what is saved then goes to a new file."""
+    path, flock = tmp_path / "x.session", frames.fcntl.flock
+    path.touch()
+
+    def remove_and_lock(handle: int, operation: int) -> None:
+        monkeypatch.setattr(frames.fcntl, "flock", flock)
+        path.unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(frames.fcntl, "flock", remove_and_lock)
+    handle, _ = frames.lock(str(path), 1.0, create=True)
+    assert os.path.samestat(os.fstat(handle), path.stat())
+    frames.unlock(handle)
+
+
+def test_a_lock_is_never_on_a_file_that_was_replaced(tmp_path: Path) -> None:
+    """Also where a hard link, as some backups make, keeps the old file alive."""
+    path = tmp_path / "x.session"
+    path.write_bytes(b"old")
+    os.link(path, tmp_path / "backup")
+    held, _ = frames.lock(str(path), 1.0, create=False)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(frames.lock, str(path), 10.0, create=False)
+        with suppress(TimeoutError):
+            waiting.result(timeout=0.1)
+        (tmp_path / "new").write_bytes(b"newer")
+        (tmp_path / "new").rename(path)
+        frames.unlock(held)
+        handle, size = waiting.result()
+    assert (os.path.samestat(os.fstat(handle), path.stat()), size) == (True, 5)
+    frames.unlock(handle)
+
+
+def test_a_lock_that_cannot_be_had_leaves_nothing_open(files: SessionStore, root: Path) -> None:
+    """Else a session that is locked for long would use up the files that a process may have open."""
+    path = str(place_of(root, "session"))
+    held, _ = frames.lock(path, 1.0, create=False)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(TimeoutError):
+        frames.lock(path, 0.01, create=False)
+    assert os.listdir("/proc/self/fd") == before
+    frames.unlock(held)
+
+
+def test_a_rewrite_that_fails_leaves_the_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state before counts on."""
+    path = tmp_path / "x.session"
+    path.write_bytes(b"old")
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        frames.rewrite(str(path), b"new", sync=True)
+    assert [(found, found.read_bytes()) for found in tmp_path.iterdir()] == [(path, b"old")]
+
+
+def test_a_rewrite_takes_nothing_of_what_a_crash_left(tmp_path: Path) -> None:
+    """Its temporary file may be there, and longer; whatever its mode was, the new file is this user's alone."""
+    path = tmp_path / "x.session"
+    (tmp_path / "x.session.tmp").write_bytes(b"left by a crash")
+    frames.rewrite(str(path), b"new", sync=False)
+    assert path.read_bytes() == b"new"
+    frames.rewrite(str(path), b"newer", sync=False)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_comes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operating system may write and read less than it was asked for."""
+    path = tmp_path / "x.session"
+    pread, pwrite = os.pread, os.pwrite
+    monkeypatch.setattr(os, "pread", lambda handle, size, offset: pread(handle, min(size, 7), offset))
+    monkeypatch.setattr(os, "pwrite", lambda handle, content, offset: pwrite(handle, content[:5], offset))
+    frames.rewrite(str(path), bytes(range(100)), sync=False)
+    handle = frames.open_file(str(path), os.O_RDONLY)
+    assert frames.read_range(handle, 100, 0) == bytes(range(100))
+    os.close(handle)
+    assert path.read_bytes() == bytes(range(100))
+
+
+@pytest.mark.parametrize("what", ["link", "pipe"])
+def test_what_is_no_plain_file_is_neither_followed_nor_waited_for(what: str, files: SessionStore, root: Path) -> None:
+    """Somebody may have put a link or a pipe in the place of a session."""
+    path = place_of(root, "session")
+    content = path.read_bytes()
+    path.rename(root.parent / "elsewhere")
+    if what == "link":
+        path.symlink_to(root.parent / "elsewhere")
+    else:
+        os.mkfifo(path)
+    with pytest.raises((StoreError, SerializationError)):
+        files.get(RECORD.id)
+    assert (root.parent / "elsewhere").read_bytes() == content
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE])
+def test_an_error_of_the_disk_that_passes_is_a_503(code: int) -> None:
+    """A full disk or a missing right is not: somebody has to do something."""
+    assert isinstance(frames.failure(OSError(code, "x", "y")), StoreUnavailable)
+    for lasting in errno.ENOSPC, errno.EACCES, errno.EROFS:
+        assert not isinstance(frames.failure(OSError(lasting, "x", "y")), StoreUnavailable)
 
 
 # Health and checks of several namespaces -------------------------------------------------------------------------------
