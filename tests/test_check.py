@@ -489,6 +489,19 @@ def test_missing_index_of_postgresql(new_url: NewURL) -> None:
     store.close()
 
 
+def test_unfinished_index_of_postgresql(new_url: NewURL) -> None:
+    """What an interrupted creation leaves is in the way of another one: it is dropped, and the index made anew."""
+    store = open_store(new_url("postgresql"))
+    store.save(RECORD, expected=0)
+    store._database.execute_sql(  # type: ignore[attr-defined]
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'persist_session_web_user'::regclass"
+    )
+    assert kinds(store) == [("schema", False)]
+    assert kinds(store, repair=True) == [("schema", True)] * 2
+    assert kinds(store) == []
+    store.close()
+
+
 # Redis ----------------------------------------------------------------------------------------------------------------
 
 
