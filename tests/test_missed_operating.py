@@ -42,6 +42,7 @@ from flask_persist_session import backup as backup_module
 from flask_persist_session import backup_files as files_module
 from flask_persist_session import monthly_archive as monthly_module
 from flask_persist_session.announcer import Announcer
+from flask_persist_session.archive import ArchiveWriter
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
@@ -398,10 +399,27 @@ def test_a_crash_during_a_backup_does_not_stop_the_others_for_long(
 
 def test_a_failed_backup_gives_the_lease_back(manager: SessionManager, tmp_path: Path) -> None:
     """Another process can try at once."""
-    (tmp_path / "file").touch()
+    asked: list[float] = []
+    manager.store.lease = lambda name, seconds: bool(asked.append(seconds)) or True  # type: ignore[method-assign, func-returns-value]
+    manager.store.snapshot = _fail  # type: ignore[method-assign]
     with pytest.raises(BackupError):
-        automatic(manager, tmp_path / "file" / "backups").turn()
-    assert automatic(manager, tmp_path).turn() is not None
+        automatic(manager, tmp_path).turn()
+    assert asked == [3600, 0]
+
+
+def _fail() -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_member_that_could_not_be_written_fails_the_backup(
+    manager: SessionManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written by another thread, whose error is not lost."""
+    monkeypatch.setattr(ArchiveWriter, "_write_member", lambda *_: _fail())
+    manager.create({"a": 1})
+    with pytest.raises(BackupError, match="No space left on device"):
+        save_archive(manager, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_automatic_backups_are_kept_where_none_is_to_go(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
