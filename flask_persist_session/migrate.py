@@ -32,8 +32,8 @@ class MigrationReport:
     """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
     in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
     stores at the end; *different* are the ids of those that are not alike, and of those with damaged histories.
-    *only_there* sessions are active in the target and unknown to the source: they began there, or ended here and were cleaned up since
-    an earlier copy."""
+    *only_there* sessions are active in the target and unknown to the source: they began there, or ended here and were
+    cleaned up since an earlier copy."""
 
     copied: int = 0
     updated: int = 0

@@ -541,6 +541,87 @@ def test_a_manifest_that_does_not_fit_is_refused(change: str, good: str, clock: 
     assert_refused(packed(tmp_path / "x.tar.gz", *edited(unpacked(good), **MANIFESTS[change])), clock, "refused")
 
 
+def facts_of(content: bytes) -> dict[str, Any]:
+    """What a manifest says of a member."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "records": content.count(b"\n")}
+
+
+def test_a_member_of_an_unknown_kind_is_refused_though_it_is_listed(good: str, clock: Clock, tmp_path: Path) -> None:
+    """Nobody would know what to do with it, so it would be lost without a word."""
+    content = unpacked(good)[RECORDS]
+    name = "web/history-000001.jsonl"
+    files = {name: content, MANIFEST: unpacked(good)[MANIFEST]}
+    path = packed(tmp_path / "x.tar.gz", *edited(files, members={name: facts_of(content)}))
+    assert_refused(path, clock, "unknown member web/history")
+
+
+def test_a_member_that_comes_twice_is_refused(good: str, clock: Clock, tmp_path: Path) -> None:
+    """The manifest could say which of them only by its checksum."""
+    files = unpacked(good)
+    members = [member(name, content) for name, content in files.items()]
+    assert_refused(packed(tmp_path / "x.tar.gz", members[0], *members), clock, "twice")
+
+
+@pytest.mark.parametrize("field", ["bytes", "records"])
+def test_a_size_or_number_that_is_not_that_of_the_member_is_refused(
+    field: str, good: str, clock: Clock, tmp_path: Path
+) -> None:
+    """Also where its checksum is right, and the sum of all records."""
+    files = unpacked(good)
+    facts = facts_of(files[RECORDS])
+    changes: dict[str, Any] = {"members": {RECORDS: facts | {field: facts[field] + 1}}}
+    if field == "records":
+        changes["counts"] = {"web": {"active": 6}}
+    assert_refused(packed(tmp_path / "x.tar.gz", *edited(files, **changes)), clock, "size, count or checksum differ")
+
+
+def test_a_negative_count_is_refused(good: str, clock: Clock, tmp_path: Path) -> None:
+    """Though all counts together are right."""
+    path = packed(tmp_path / "x.tar.gz", *edited(unpacked(good), counts={"web": {"active": 6, "ended": -1}}))
+    assert_refused(path, clock, "manifest is not one of this package")
+
+
+FOLLOWING = {
+    "a byte": b"x",
+    "another member": gzip.compress(bytes(512)),
+    "zeros": bytes(1),
+    "zeros beyond a record": b"",
+}
+
+
+@pytest.mark.parametrize("what", FOLLOWING)
+def test_an_archive_with_something_behind_it_is_refused(what: str, good: str, clock: Clock, tmp_path: Path) -> None:
+    """Nothing that tools for tar or gzip might find is beyond what the manifest describes."""
+    content = Path(good).read_bytes()
+    if what == "zeros beyond a record":
+        content = gzip.compress(gzip.decompress(content) + bytes(20_000))
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(content + FOLLOWING[what])
+    assert_refused(path, clock, "something follows its manifest")
+
+
+def test_an_archive_with_something_behind_the_last_piece_is_refused(
+    good: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the archive ends with what was read at once."""
+    monkeypatch.setattr(archive_module, "_READ_BYTES", Path(good).stat().st_size)
+    (tmp_path / "x.tar.gz").write_bytes(Path(good).read_bytes() + b"x")
+    assert_refused(tmp_path / "x.tar.gz", clock, "something follows its manifest")
+
+
+def test_a_member_that_ends_within_a_line_is_refused(good: str, clock: Clock, tmp_path: Path) -> None:
+    """Its last session would be left out."""
+    files = unpacked(good)
+    content = files[RECORDS] + b"{}"
+    path = packed(tmp_path / "x.tar.gz", *edited(files | {RECORDS: content}, members={RECORDS: facts_of(content)}))
+    assert_refused(path, clock, "ends within a line")
+
+
+def test_a_format_that_is_no_whole_number_is_not_one_of_a_newer_release(good: str, clock: Clock, tmp_path: Path) -> None:
+    """The advice to use a newer release would lead nowhere."""
+    assert_refused(packed(tmp_path / "x.tar.gz", *edited(unpacked(good), format=1.5)), clock, "not one of this package")
+
+
 @pytest.mark.parametrize("text", [b"", b"null", b"[]", b"{", b"[" * 100_000, b'{"format": 1}', b"\xff", b"1" * 5000])
 def test_a_manifest_that_is_none_is_refused(text: bytes, good: str, clock: Clock, tmp_path: Path) -> None:
     """Text that is no manifest, nested deep or with huge numbers."""
@@ -627,8 +708,9 @@ def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> 
 def repacked(files: Files, lines: list[bytes], folder: Path) -> Path:
     """An archive of other lines, with a manifest that fits."""
     content = b"".join(lines)
-    facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "records": len(lines)}
-    changed = edited(files | {RECORDS: content}, members={RECORDS: facts}, counts={"web": {"active": len(lines)}})
+    changed = edited(
+        files | {RECORDS: content}, members={RECORDS: facts_of(content)}, counts={"web": {"active": len(lines)}}
+    )
     return packed(folder / "repacked.tar.gz", *changed)
 
 

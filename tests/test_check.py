@@ -20,6 +20,9 @@ import pytest
 from flask_persist_session import Finding, SerializationError, SessionQuery, SessionRecord, SessionStore, open_store
 from flask_persist_session.stores import file_upkeep, frames
 from flask_persist_session.stores.file import FileStore
+from flask_persist_session.stores.redis import _Checked
+from flask_persist_session.stores.redis_upkeep import RedisCheck
+from flask_persist_session.stores.sql_upkeep import SQLCheck
 from flask_persist_session.testing import following, make_record
 from tests.servers import RedisServer, wait_until
 
@@ -453,12 +456,67 @@ def test_optimize_gives_back_room(sqlite: SessionStore, database: Path) -> None:
     assert sqlite.count(SessionQuery()) == 10
 
 
+def test_index_that_stays_out_of_step(sqlite: SessionStore, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is still wrong after a repair is not told as repaired."""
+    problem = "wrong # of entries in index persist_session_web_user"
+    monkeypatch.setattr(SQLCheck, "_problems", lambda self: [problem])
+    [finding] = sqlite.check(repair=True)
+    assert (finding.kind, finding.repaired) == ("database", False)
+    assert finding.text.startswith(problem)
+    assert "restore the newest backup" in finding.text
+
+
+def test_log_that_everybody_may_read(sqlite: SessionStore, database: Path) -> None:
+    """The newest sessions are in the log of the database."""
+    log = database.with_name("sessions.db-wal")
+    log.chmod(0o604)
+    found_and_repaired(sqlite, "mode")
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_statistics_are_brought_up_to_date(sqlite: SessionStore, database: Path) -> None:
+    """Those of this table; what others keep in the database is theirs."""
+    tell(database, "CREATE TABLE theirs (a)", "CREATE INDEX theirs_a ON theirs (a)", "INSERT INTO theirs VALUES (1)")
+    assert any("statistics" in done.text for done in sqlite.optimize())
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT DISTINCT tbl FROM sqlite_stat1").fetchall() == [("persist_session_web",)]
+
+
+def test_optimizing_while_others_write(sqlite: SessionStore, database: Path) -> None:
+    """Statistics can wait; nobody is held up, and it is no error."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        start = [done.text for done in sqlite.optimize()]
+        connection.execute("ROLLBACK")
+    assert not any("statistics" in text for text in start)
+
+
+def test_unused_room_is_told(sqlite: SessionStore) -> None:
+    """With what gives it back, which requests would have to wait for."""
+    for number in range(590):
+        sqlite.delete(make_record(number).id)
+    assert any("--full gives them back" in done.text for done in sqlite.optimize())
+
+
 def test_missing_index_of_postgresql(new_url: NewURL) -> None:
     """PostgreSQL gets its index again too, and without locking anybody out."""
     store = open_store(new_url("postgresql"))
     store.save(RECORD, expected=0)
     store._database.execute_sql("DROP INDEX persist_session_web_user")  # type: ignore[attr-defined]
     found_and_repaired(store, "schema")
+    store.close()
+
+
+def test_unfinished_index_of_postgresql(new_url: NewURL) -> None:
+    """What an interrupted creation leaves is in the way of another one: it is dropped, and the index made anew."""
+    store = open_store(new_url("postgresql"))
+    store.save(RECORD, expected=0)
+    store._database.execute_sql(  # type: ignore[attr-defined]
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'persist_session_web_user'::regclass"
+    )
+    assert kinds(store) == [("schema", False)]
+    assert kinds(store, repair=True) == [("schema", True)] * 2
+    assert kinds(store) == []
     store.close()
 
 
@@ -559,6 +617,69 @@ def test_foreign_keys_stay(keys: Keys) -> None:
     keys.client.set(f"{keys.prefix}x:mine", "kept")
     assert kinds(keys.store, repair=True) == [("foreign", False)]
     assert keys.client.get(f"{keys.prefix}:mine") == b"kept"
+
+
+def test_session_that_changes_while_it_is_repaired(keys: Keys) -> None:
+    """What leads to it is that of its new state; the old one is not put back."""
+    keys.client.delete(keys.facts)
+    changed = following(RECORD, expires_at=RECORD.expires_at + 1000, tags=frozenset({"new"}))
+
+    def change(record: SessionRecord) -> None:
+        if record.version == RECORD.version:
+            keys.store.save(changed, expected=RECORD.version)
+
+    assert list(keys.store.check(repair=True, seen=change)) == []
+    assert keys.client.zscore(keys.expiry, RECORD.id) == changed.expires_at
+    assert kinds(keys.store) == []
+    assert list(keys.store.find(SessionQuery(user_id="alice"))) == [changed]
+
+
+def test_index_made_anew_ends_by_itself(keys: Keys) -> None:
+    """As one does that a save makes: nothing stays for good on a server whose application is gone."""
+    indexes = keys.expiry, keys.facts, keys.user
+    before = [keys.client.pttl(key) for key in indexes]
+    keys.client.delete(*indexes)
+    kinds(keys.store, repair=True)
+    after = [keys.client.pttl(key) for key in indexes]
+    assert min(before) > 0
+    assert all(abs(then - now) < 60_000 for now, then in zip(after, before, strict=True)), (after, before)
+
+
+def test_record_of_another_session_of_redis(keys: Keys) -> None:
+    """A hash that was copied to another session's key opens nothing there, and is told."""
+    other = keys.session[:-1] + ("0" if RECORD.id[-1] != "0" else "1")
+    keys.client.copy(keys.session, other)
+    assert kinds(keys.store, repair=True) == [("record", False)]
+    assert keys.client.exists(other)
+
+
+def test_session_under_the_key_of_another_shard(keys: Keys) -> None:
+    """Nothing would find it there."""
+    shard = RECORD.id[:3]
+    keys.client.copy(keys.session, keys.session.replace(f"{{{shard}}}", "{3ff}" if shard != "3ff" else "{3fe}"))
+    assert kinds(keys.store, repair=True) == [("foreign", False)]
+
+
+def test_entry_of_a_session_whose_facts_are_damaged(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose it is cannot be known from them, so its entry under its user stays."""
+    monkeypatch.setattr(RedisCheck, "_sessions", lambda self, sessions: iter(()))
+    keys.client.hset(keys.session, "facts", b"wrong")
+    assert kinds(keys.store, repair=True) == []
+    assert keys.client.zscore(keys.user, RECORD.id) is not None
+
+
+def test_entry_that_has_gone_before_it_is_looked_at(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an index that is gone through a part at a time; its session went with it."""
+    monkeypatch.setattr("flask_persist_session.stores.redis_upkeep._AT_ONCE", 0)
+    members = _Checked.members
+
+    def late(self: _Checked, key: str, count: int) -> Iterator[str]:
+        found = list(members(self, key, count))
+        keys.store.delete(RECORD.id)
+        return iter(found)
+
+    monkeypatch.setattr(_Checked, "members", late)
+    assert kinds(keys.store) == []
 
 
 # Others at work -------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from flask import Flask
 
-from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore, upgrade
+from flask_persist_session import ConfigError, PersistSession, UnsupportedByStore, origins, upgrade
 from flask_persist_session.upgrade import Import
-from tests.servers import free_port
+from tests.servers import RedisServer, free_port
 from tests.taken_over import ORIGINS, SECRET, Former, add_views, cookie_of, former_app, with_cookie
 
 MakeApp = Callable[..., Flask]
@@ -110,6 +111,57 @@ def test_what_cannot_be_read_is_counted_and_stays(make_former: Callable[..., For
     app = make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url])
     assert run(app, "--delete") == (0, "imported 1 sessions (0 already there, 0 expired, 1 unreadable)\n")
     assert client.keys(f"{prefix}*") == [f"{prefix}bad".encode()]
+
+
+@pytest.mark.parametrize("kind", ["redis", "sqlite", "postgresql"])
+def test_pages_of_many_sessions_are_all_imported(
+    make_former: Callable[..., Former], make_app: MakeApp, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are of them, and whether or not the last one is full."""
+    monkeypatch.setattr(origins, "_PAGE", 2)
+    former = make_former(kind)
+    sign_in(former, "Ada", "Bob", "Eve", "Joe")
+    for number, name in enumerate(["Kim", "Lea"]):
+        report = run(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]))[1]
+        assert report == f"imported {4 + number} sessions (0 already there, 0 expired, 0 unreadable)\n"
+        sign_in(former, name)
+
+
+@pytest.mark.parametrize("kind", ["redis", "sqlite"])
+def test_sessions_of_another_application_are_left_alone(
+    make_former: Callable[..., Former], make_app: MakeApp, kind: str
+) -> None:
+    """They are in the same place under another prefix."""
+    former, other = make_former(kind), make_former(kind)
+    sign_in(former, "Ada")
+    [cookie] = sign_in(other, "Bob")
+    assert run(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]), "--delete")[1].startswith("imported 1 sessions")
+    assert with_cookie(other.app, cookie).get("/me").text == "Bob"
+
+
+def test_a_prefix_is_no_pattern(make_app: MakeApp, redis_server: RedisServer) -> None:
+    """What its characters mean to the server is not meant."""
+    client, start = redis_server.client(), f"p{os.getpid()}"
+    for prefix in "a*[b]?", "axb?", "a-bc", "a*b?", "a*[b]c":
+        client.set(f"{start}{prefix}:x", b'{"_user_id": "Ada"}')
+    url = f"flask-session+{redis_server.url}?prefix={quote(start + 'a*[b]?:')}"
+    assert run(make_app(PERSIST_SESSION_UPGRADE_FROM=[url]), "--delete")[1].startswith("imported 1 sessions")
+    left = {key.decode().removeprefix(start) for key in client.keys(f"{start}*")}
+    assert left == {"axb?:x", "a-bc:x", "a*b?:x", "a*[b]c:x"}
+    client.delete(*client.keys(f"{start}*"))
+
+
+def test_other_files_in_the_directory_are_left_alone(
+    make_former: Callable[..., Former], make_app: MakeApp, tmp_path: Path
+) -> None:
+    """Only what is named as a session is one."""
+    former = make_former("file")
+    sign_in(former, "Ada")
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    (tmp_path / "old" / f"{'0' * 64}.tmp").write_text("half")
+    report = run(make_app(PERSIST_SESSION_UPGRADE_FROM=[former.url]), "--delete")[1]
+    assert report == "imported 1 sessions (0 already there, 0 expired, 0 unreadable)\n"
+    assert (tmp_path / "old" / "notes.txt").read_text() == "mine"
 
 
 def test_a_url_can_be_given_instead_of_the_setting(make_former: Callable[..., Former], make_app: MakeApp) -> None:
