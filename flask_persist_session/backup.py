@@ -28,8 +28,8 @@ Managers: TypeAlias = Mapping[str, SessionManager]
 Strategy: TypeAlias = Literal["skip", "overwrite", "newer"]
 
 STRATEGIES = ("skip", "overwrite", "newer")
-#: How many records are restored at once. A store that has one lock for all is locked meanwhile, for some 15 ms.
-_BATCH = 400
+#: How many records are restored at once. A store that has one lock for all is locked meanwhile, for some 10 ms.
+_BATCH = 600
 #: Seconds from one batch to the next at least, in which the lock is free. Whoever waits for it looks after 1, 3, 8, 18 and
 #: 33 ms, as SQLite does: many short gaps would be missed more often than one that is about as long as it waits between
 #: looks. SQLite empties its log before, which adds some milliseconds.

@@ -12,6 +12,8 @@ from .records import JSON, SessionRecord
 from .serializers import DAMAGED, record_of
 
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+#: Not ``json.loads``, which guesses the encoding of each line.
+_decode = json.JSONDecoder().decode
 
 
 def dump_record(record: SessionRecord, **more: JSON) -> bytes:
@@ -42,7 +44,7 @@ def load_record(line: bytes, *, version: int | None = None) -> SessionRecord:
 def load_line(line: bytes, *, version: int | None = None) -> tuple[SessionRecord, Mapping[str, Any]]:
     """The record of a line as ``load_record`` reads it, and all fields of the line."""
     try:
-        fields = json.loads(line)
+        fields = _decode(line.decode("utf-8", "surrogatepass"))
         record = record_of(
             fields["id"],
             fields["user_id"],

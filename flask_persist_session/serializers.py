@@ -574,6 +574,17 @@ def unpack_record(packed: bytes | memoryview) -> SessionRecord:
         raise SerializationError(f"this is no session record: {error}") from error
 
 
+def unpack_user(packed: bytes | memoryview) -> str | None:
+    """The user id alone of a record that ``pack_record`` packed. Raises ``SerializationError`` for anything else."""
+    try:
+        user_id = ormsgpack.unpackb(packed)[1]
+    except DAMAGED as error:
+        raise SerializationError(f"this is no session record: {error}") from error
+    if not (user_id is None or type(user_id) is str):
+        raise SerializationError("this is no session record: its user is no text")
+    return user_id
+
+
 def record_of(
     session_id: str,
     user_id: str | None,

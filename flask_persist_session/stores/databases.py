@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -74,8 +75,12 @@ class PerThread(pw.Database):
     def take_time(self) -> None:
         """Let statements take as long as they take; to be called before it is connected."""
 
-    def tidy_up(self) -> None:
-        """Do after many changes what would otherwise be left to the next request."""
+    def of_many(self) -> AbstractContextManager[Any]:
+        """A transaction of so many changes that what follows from them is not to be left to the next request."""
+        return self.atomic()
+
+    def settle(self) -> None:
+        """Return once nothing goes on any more that such a transaction left to do. Raises what went wrong with it."""
 
     @contextmanager
     def streaming(self, statement: str) -> Iterator[Any]:
@@ -93,10 +98,13 @@ class PerThread(pw.Database):
 
 #: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
 _LONGEST_LOG = 4000
+#: How many pages the log has when commits begin to empty it; SQLite's own default.
+_LOG_LEFT_TO_COMMITS = 1000
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
     _others_until = 0.0
+    _emptying: Future[None] | None = None
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -116,12 +124,35 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         if self.connection().in_transaction:  # type: ignore[no-untyped-call]
             super().rollback()
 
-    def tidy_up(self) -> None:
+    @contextmanager
+    def of_many(self) -> Iterator[None]:
+        self.settle()
+        # Otherwise whoever commits into a long log copies what is in it, and waits for the disk to have it.
+        run: Any = self.execute_sql
+        run("PRAGMA wal_autocheckpoint = 0")
+        try:
+            with self.atomic():
+                yield
+        finally:
+            run(f"PRAGMA wal_autocheckpoint = {_LOG_LEFT_TO_COMMITS}")
+        # On a connection of its own, while the next changes are prepared: it waits for the disk several times. Thread and
+        # connection end with it, so that nothing is left that a fork could inherit.
+        thread = ThreadPoolExecutor(1, "session-log")
+        self._emptying = thread.submit(self._empty_log)
+        thread.shutdown(wait=False)
+
+    def settle(self) -> None:
+        emptying, self._emptying = self._emptying, None
+        if emptying is not None:
+            emptying.result()
+
+    def _empty_log(self) -> None:
         # While others write all the time, a log that they can add to is never empty, and grows without end: each page
         # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
         run: Any = self.execute_sql
         _, pages, _ = run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if pages > _LONGEST_LOG:
+            run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             run("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
     def _connect(self) -> Any:

@@ -21,12 +21,12 @@ Layout below the root, directories 0700 and files 0600::
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 
 from ..exceptions import ConfigError, SerializationError
@@ -64,6 +64,7 @@ from .frames import (
     open_file,
     read_last,
     record_in,
+    release,
     rewrite,
     sync_directory,
     unlock,
@@ -74,9 +75,12 @@ from .frames import (
 #: some fifty appends.
 _SMALLEST_REWRITE = 64 * 1024
 _REWRITE_FACTOR = 8
-#: So many threads remove files together: freeing the room of one is mostly waiting for the file system.
-_THREADS = 4
-_FEWEST_PER_THREAD = 20
+#: So many threads close removed files, so many each time, and so many times are waited for at most, with their handles
+#: open: closing gives back the room, which is mostly waiting for the file system. All else takes a processor; more
+#: threads for that would only wait for each other.
+_THREADS = 8
+_CLOSED_AT_ONCE = 10
+_MOST_CLOSING = 12
 
 
 def open_location(location: Location, namespace: str) -> FileStore:
@@ -154,27 +158,22 @@ class FileStore(SessionStore):
             raise failure(error) from error
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
-        if not is_session_id(session_id):
-            return False
-        path = self._path(session_id)
-        try:
-            handle, size = self.lock(path, create=False)
-            try:
-                last = None if handle == NO_FILE else last_frame(handle, size)
-                if handle == NO_FILE or expected not in (None, last and last.version):
-                    return False
-                remove(path, last, sync=False)
-                return True
-            finally:
-                unlock(handle)
-        except OSError as error:
-            raise failure(error) from error
+        handle = self._remove(session_id, expected)
+        return _close([handle]) > 0
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
-        size = max(_FEWEST_PER_THREAD, math.ceil(len(deletions) / _THREADS))
-        parts = [deletions[start : start + size] for start in range(0, len(deletions), size)]
+        removed, closing = list[bool](), deque[Future[int]]()
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(chain.from_iterable(pool.map(super().delete_many, parts)))
+            for start in range(0, len(deletions), _CLOSED_AT_ONCE):
+                part = deletions[start : start + _CLOSED_AT_ONCE]
+                handles = [self._remove(deletion.id, deletion.expected) for deletion in part]
+                removed += [handle != NO_FILE for handle in handles]
+                closing.append(pool.submit(_close, handles))
+                if len(closing) > _MOST_CLOSING:
+                    closing.popleft().result()
+        for future in closing:
+            future.result()
+        return removed
 
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
@@ -263,6 +262,25 @@ class FileStore(SessionStore):
 
     # Files ------------------------------------------------------------------------------------------------------------
 
+    def _remove(self, session_id: str, expected: int | None) -> int:
+        """Remove a session; returns the handle of its file, to be closed, or ``NO_FILE`` if it was not removed."""
+        if not is_session_id(session_id):
+            return NO_FILE
+        path = self._path(session_id)
+        try:
+            handle, size = self.lock(path, create=False)
+            removed = False
+            try:
+                last = None if handle == NO_FILE else last_frame(handle, size)
+                if handle != NO_FILE and expected in (None, last and last.version):
+                    remove(path, last, sync=False)
+                    removed = True
+            finally:
+                (release if removed else unlock)(handle)
+        except OSError as error:
+            raise failure(error) from error
+        return handle if removed else NO_FILE
+
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{SUFFIX}"
 
@@ -317,10 +335,10 @@ class FileStore(SessionStore):
     def index(self, record: SessionRecord) -> None:
         """Enter a new session in the index of its user."""
         if record.user_id is not None:
-            os.close(open_file(self._entry(record), os.O_WRONLY | os.O_CREAT))
+            os.close(open_file(self._entry(record.id, record.user_id), os.O_WRONLY | os.O_CREAT))
 
-    def _entry(self, record: SessionRecord) -> str:
-        return os.path.join(self._folder, record.id[:3], "users", name_of_user(record.user_id or ""), record.id)
+    def _entry(self, session_id: str, user_id: str) -> str:
+        return f"{self._folder}/{session_id[:3]}/users/{name_of_user(user_id)}/{session_id}"
 
     def _ids_of_user(self, user_id: str) -> Iterator[str]:
         return _names(os.path.join(self._folder, shard_of(user_id), "users", name_of_user(user_id)), "")
@@ -337,6 +355,14 @@ class FileStore(SessionStore):
                 continue
             if record is not None:
                 yield record
+
+
+def _close(handles: Sequence[int]) -> int:
+    """Close files; returns how many there were."""
+    opened = [handle for handle in handles if handle != NO_FILE]
+    for handle in opened:
+        os.close(handle)
+    return len(opened)
 
 
 def _names(folder: str, suffix: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from ..exceptions import SerializationError
 from ..records import Change, Deletion, SessionRecord, is_session_id
-from ..serializers import pack_record
+from ..serializers import pack_record, unpack_user
 from . import make_directory
 from .base import conflict
 from .file_history import remove_history
@@ -39,7 +39,6 @@ from .frames import (
     lock,
     marker_of,
     name_of_user,
-    record_in,
     rewrite,
     sync_directory,
     unlock,
@@ -170,7 +169,7 @@ class FileTransaction:
         if step.start == 0:
             os.unlink(step.path)
             if isinstance(step.change, Change):
-                unindex(step.path, step.change.record)
+                unindex(step.path, step.change.record.user_id)
 
     def _written(self, content: bytes) -> int:
         """A new file with *content*, locked, which is complete but has not its name yet."""
@@ -265,16 +264,17 @@ def remove(path: str, last: Frame | None, *, sync: bool) -> None:
         os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
     with suppress(SerializationError):  # then whose it was cannot be known any more
         if last is not None and last.record:
-            unindex(path, record_in(last, os.path.basename(path).removesuffix(SUFFIX)))
+            unindex(path, unpack_user(last.record))
     if sync:
         sync_directory(os.path.dirname(path))
 
 
-def unindex(path: str, record: SessionRecord) -> None:
-    """Remove the entry of a session from the index of its user."""
-    if record.user_id is not None:
+def unindex(path: str, user_id: str | None) -> None:
+    """Remove the entry of the session with the file *path* from the index of its user."""
+    if user_id is not None:
+        folder, name = os.path.split(path)
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(os.path.dirname(path), "users", name_of_user(record.user_id), record.id))
+            os.unlink(f"{folder}/users/{name_of_user(user_id)}/{name.removesuffix(SUFFIX)}")
 
 
 def ids_in_marker(path: str) -> list[str]:

@@ -239,9 +239,14 @@ def _is_replaced(path: str, opened: os.stat_result) -> bool:
 
 def unlock(handle: int) -> None:
     if handle != NO_FILE:
-        # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        release(handle)
         os.close(handle)
+
+
+def release(handle: int) -> None:
+    """Give up the lock of a file that is still to be closed."""
+    # Closing is not enough: a process forked meanwhile has the same open file and would keep the lock for good.
+    fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 # Calls of the operating system ----------------------------------------------------------------------------------------

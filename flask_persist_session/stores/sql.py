@@ -58,7 +58,7 @@ SCHEMA_VERSION = 1
 _PAGE = 500
 #: So many rows are deleted in one transaction. In SQLite others wait for it: it takes some 5 ms.
 _AT_ONCE = 250
-#: So many changes at once are more than requests make, and whoever makes them tidies up.
+#: So many changes at once are more than requests make.
 _MANY = 100
 #: What is added to the name of a table for those of its indexes; the last one by PostgreSQL.
 _NAMES_OF_INDEXES = ("_expiry", "_user", "_pkey")
@@ -231,14 +231,13 @@ class SQLStore(SessionStore):
             check_save(change.record, change.expected)
         outcomes = []
         with self._using() as database:
-            with database.atomic(), translated:
+            # Built before the transaction, for which others may have to wait.
+            statements = [self._statement(change.record, change.expected) for change in changes]
+            with database.of_many() if len(changes) >= _MANY else database.atomic(), translated:
                 cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
-                for change in changes:
-                    statement = self._insert if change.expected == 0 else self._update
-                    cursor.execute(*statement(_values(change.record, change.expected)))
+                for statement in statements:
+                    cursor.execute(*statement)
                     outcomes.append(bool(cursor.rowcount))
-            if len(changes) >= _MANY:
-                database.tidy_up()
         return outcomes
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
@@ -342,6 +341,7 @@ class SQLStore(SessionStore):
     def _close(self) -> None:
         # Of this thread: to close a connection that another thread is using can crash it. Theirs close when they end.
         try:
+            self._database.settle()
             if not self._database.is_closed():
                 self._database.close()
         except pw.PeeweeException as error:
@@ -358,8 +358,10 @@ class SQLStore(SessionStore):
     # BEGIN IMMEDIATE, waiting for it within the timeout.
 
     def _save(self, database: pw.Database, record: SessionRecord, expected: int) -> bool:
-        statement = self._insert if expected == 0 else self._update
-        return bool(database.execute_sql(*statement(_values(record, expected))).rowcount)
+        return bool(database.execute_sql(*self._statement(record, expected)).rowcount)
+
+    def _statement(self, record: SessionRecord, expected: int) -> tuple[str, tuple[Any, ...]]:
+        return (self._insert if expected == 0 else self._update)(_values(record, expected))
 
     def _remove(self, database: pw.Database, deletion: Deletion) -> bool:
         if not is_session_id(deletion.id):
@@ -456,7 +458,7 @@ class SQLStore(SessionStore):
         # SQLite takes its locks for the process that it knows, so a child that inherits its tables believes to hold
         # what the parent holds: then somebody may remove the log that the child goes on writing to. Threads other than
         # the forking one keep theirs; fork before starting threads.
-        if not self._database.is_closed() and not self._database.in_transaction():
+        if not self._database.in_transaction():
             self._close()
 
     def _leave_to_parent(self) -> None:
