@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flask_persist_session import Finding, SerializationError, SessionQuery, SessionRecord, SessionStore, open_store
-from flask_persist_session.stores import file_upkeep, frames
+from flask_persist_session.stores import file_transactions, file_upkeep, frames
 from flask_persist_session.stores.file import FileStore
 from flask_persist_session.stores.redis import _Checked
 from flask_persist_session.stores.redis_upkeep import RedisCheck
@@ -293,18 +293,18 @@ def test_deletion_that_is_under_way(files: SessionStore, root: Path, monkeypatch
     """An entry whose session is being removed is looked at again before it is reported."""
     written(files, root)
     met, removed = Event(), Event()
-    unindex = FileStore._unindex
+    unindex = file_transactions.unindex
 
-    def unindex_when_met(self: FileStore, *arguments: Any) -> None:
+    def unindex_when_met(*arguments: Any) -> None:
         assert met.wait(10)
-        unindex(self, *arguments)
+        unindex(*arguments)
         removed.set()
 
     def wait_for_removal(_: float) -> None:
         met.set()
         assert removed.wait(10)
 
-    monkeypatch.setattr(FileStore, "_unindex", unindex_when_met)
+    monkeypatch.setattr(file_transactions, "unindex", unindex_when_met)
     monkeypatch.setattr(file_upkeep, "_SETTLED", 60.0)
     with ThreadPoolExecutor(2) as pool:
         deleting = pool.submit(files.delete, RECORD.id)

@@ -25,6 +25,7 @@ from flask_persist_session import (
     open_store,
 )
 from flask_persist_session.stores import file_upkeep
+from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.stores.redis import RedisStore
 from flask_persist_session.testing import following, in_processes, make_record
 from tests.servers import RedisServer, free_port, wait_until
@@ -396,3 +397,23 @@ def test_a_transaction_on_a_damaged_index(new_url: NewURL, redis_server: RedisSe
         client.delete(other)
     assert [store.get(record.id) for record in STAYING[:2]] == [STAYING[0], None]
     store.close()
+
+
+# Two stores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_while_a_store_is_changed() -> None:
+    """Sessions of the old store move to the new one first; a conflict changes none, and what is deleted stays away."""
+    new, old = open_store("memory://"), open_store("memory://")
+    moving, there, copied = STAYING
+    for store, records in ((old, (moving, copied)), (new, (there, copied))):
+        store.save_many([Change(record=record, expected=0) for record in records])
+    both = MigratingStore(new, old)
+    with pytest.raises(SessionConflict, match=moving.id):
+        both.transaction([Change(record=following(there), expected=1), Change(record=moving, expected=0)])
+    assert [both.get(record.id) for record in STAYING] == STAYING
+    both.transaction(
+        [Change(record=following(moving), expected=1), Change(record=following(there), expected=1), Deletion(id=copied.id)]
+    )
+    assert [both.get(record.id) for record in STAYING] == [following(moving), following(there), None]
+    assert list(old.scan()) == []

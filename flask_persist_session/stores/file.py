@@ -50,7 +50,7 @@ from .base import (
     shards_of,
 )
 from .file_history import FileHistory, remove_history
-from .file_transactions import SUFFIX, FileTransaction, left_over, remove, settle
+from .file_transactions import SUFFIX, Files, FileTransaction, left_over, remove, settle
 from .file_upkeep import FileCheck, compact
 from .frames import (
     NO_FILE,
@@ -144,14 +144,14 @@ class FileStore(SessionStore):
         packed = pack_record(record)
         path = self._path(record.id)
         try:
-            handle, size = self.lock(path, create=expected == 0)
+            handle, size = self._lock(path, create=expected == 0)
             try:
                 end = end_of_version(handle, size, expected)
                 if end is None:
                     raise conflict(record.id, expected)
                 if end < size:
                     os.ftruncate(handle, end)  # what a writer left that was stopped in the middle
-                self.put(path, handle, end, record, packed)
+                self._put(path, handle, end, record, packed)
             finally:
                 unlock(handle)
         except OSError as error:
@@ -178,7 +178,8 @@ class FileStore(SessionStore):
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
         try:
-            FileTransaction(self, self._folder, self._timeout, sync=self._fsync).run(changes)
+            files = Files(self._lock, self._index, self._put)
+            FileTransaction(files, self._folder, self._timeout, sync=self._fsync).run(changes)
         except OSError as error:
             raise failure(error) from error
 
@@ -268,7 +269,7 @@ class FileStore(SessionStore):
             return NO_FILE
         path = self._path(session_id)
         try:
-            handle, size = self.lock(path, create=False)
+            handle, size = self._lock(path, create=False)
             removed = False
             try:
                 last = None if handle == NO_FILE else last_frame(handle, size)
@@ -284,7 +285,7 @@ class FileStore(SessionStore):
     def _path(self, session_id: str) -> str:
         return f"{self._folder}/{session_id[:3]}/{session_id}{SUFFIX}"
 
-    def lock(self, path: str, *, create: bool) -> tuple[int, int]:
+    def _lock(self, path: str, *, create: bool) -> tuple[int, int]:
         """Lock the file of a session; what a transaction left in it that was stopped is settled first."""
         while True:
             handle, size = lock(path, self._timeout, create=create)
@@ -298,13 +299,13 @@ class FileStore(SessionStore):
                 raise
             unlock(handle)
 
-    def put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
+    def _put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
         """Write *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""
         frame = framed(record.version, packed)
         try:
             if end == 0:
                 remove_history(path)  # of a session of that id that somebody removed without it
-                self.index(record)
+                self._index(record)
             if record.ended_at is not None or holds_another(packed, record.id):
                 # Of an ended one nothing before may stay: its data is to go, and a damaged tail must not bring it back
                 # to life. What looks like two records in one must not be there in part.
@@ -332,8 +333,7 @@ class FileStore(SessionStore):
 
     # An entry is made before its session and removed after it, so a crash leaves at most an entry that leads nowhere.
 
-    def index(self, record: SessionRecord) -> None:
-        """Enter a new session in the index of its user."""
+    def _index(self, record: SessionRecord) -> None:
         if record.user_id is not None:
             os.close(open_file(self._entry(record.id, record.user_id), os.O_WRONLY | os.O_CREAT))
 

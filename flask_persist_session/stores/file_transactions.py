@@ -16,11 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Protocol
 
 from ..exceptions import SerializationError
 from ..records import Change, Deletion, SessionRecord, is_session_id
@@ -53,17 +52,16 @@ FOLDER = "transactions"
 UNFINISHED = ".new"
 
 
-class Files(Protocol):
+@dataclass(frozen=True)
+class Files:
     """What a transaction needs of the store."""
 
-    def lock(self, path: str, *, create: bool) -> tuple[int, int]:
-        """Lock the file of a session that ends in a frame that counts of itself."""
-
-    def index(self, record: SessionRecord) -> None:
-        """Enter a new session in the index of its user."""
-
-    def put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
-        """Write the frame of a record behind *end*."""
+    lock: Callable[..., tuple[int, int]]
+    """Locks the file of a session, which ends then in a frame that counts of itself."""
+    index: Callable[[SessionRecord], None]
+    """Enters a new session in the index of its user."""
+    put: Callable[[str, int, int, SessionRecord, bytes], None]
+    """Writes the frame of a record, to the path and locked handle given, at an offset."""
 
 
 @dataclass
