@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
-from benchmarks.measuring import Samples, Task, measure, ratio
+from benchmarks.measuring import Samples
 from benchmarks.places import Places
 from flask_persist_session import HistoryLog, SessionStore, open_store
 from flask_persist_session.testing import make_record
@@ -25,7 +27,7 @@ _DATA = b'{"role": "user", "content": "' + b"word " * 80 + b'", "metadata": {}}'
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.appending", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60, help="rounds, each of which measures everything once (60)")
+    parser.add_argument("--rounds", type=int, default=500, help="rounds, each of which measures everything once (500)")
     parser.add_argument("--long", type=int, default=10_000, help="entries of the long history (10000)")
     parser.add_argument("--only", choices=KINDS, action="append", help="repeatable; all unless given")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="of the order of measuring")
@@ -34,9 +36,7 @@ def arguments() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     print(f"Histories of {SHORT} and of {options.long:,} entries of {len(_DATA)} bytes each.")
-    print(
-        f"Medians of {options.rounds} rounds; seed {options.seed}. µs with the short one, and the median of the ratios.\n"
-    )
+    print(f"Medians of {options.rounds} rounds, seed {options.seed}: µs with the short one, times that with the long.\n")
     print(f"{'store':<12}{''.join(f'{name:>21}' for name in OPERATIONS)}")
     with Places() as places:
         for kind in options.only or KINDS:
@@ -47,19 +47,32 @@ def main(options: argparse.Namespace) -> None:
 
 def cells(samples: Samples) -> Iterator[str]:
     for name in OPERATIONS:
-        yield f"{median(samples[f'{name}, short']):>13.1f}{ratio(samples, f'{name}, long', f'{name}, short'):>8.3f}"
+        short, long = (median(samples[f"{name}, {length}"]) for length in ("short", "long"))
+        yield f"{short:>13.1f}{long / short:>8.3f}"
 
 
 def measured(store: SessionStore, options: argparse.Namespace) -> Samples:
-    for number in range(2, 2 + OTHERS):
+    """Microseconds of each operation with each history, one figure a round."""
+    order = random.Random(options.seed)
+    for number in range(1, 1 + OTHERS):
         session(store, number, 200)
-    histories = {"short": session(store, 0, SHORT), "long": session(store, 1, options.long)}
-    tasks = [
-        Task(f"{name}, {length}", partial(operation, store.history, session_id), partial(reset, store, session_id, length))
-        for name, operation in OPERATIONS.items()
-        for length, session_id in histories.items()
-    ]
-    return measure(tasks, options.rounds, random.Random(options.seed), type(store).__name__)
+    long = session(store, 0, options.long)
+    samples: dict[str, list[float]] = {f"{name}, {length}": [] for name in OPERATIONS for length in ("short", "long")}
+    for number in range(1 + OTHERS, 1 + OTHERS + options.rounds):
+        # Another short one each time: one that is cleared and filled again leaves room that others do not find.
+        histories = {"short": session(store, number, SHORT), "long": long}
+        gc.collect()
+        for name, length in order.sample(
+            [(name, length) for name in OPERATIONS for length in histories], 2 * len(OPERATIONS)
+        ):
+            samples[f"{name}, {length}"].append(timed(partial(OPERATIONS[name], store.history, histories[length])))
+    return {name: taken[len(taken) // 10 :] for name, taken in samples.items()}  # without the first, which warm up
+
+
+def timed(operation: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    operation()
+    return (time.perf_counter() - start) * 1e6
 
 
 def session(store: SessionStore, number: int, entries: int) -> str:
@@ -73,13 +86,6 @@ def session(store: SessionStore, number: int, entries: int) -> str:
 def fill(log: HistoryLog, session_id: str, entries: int) -> None:
     for _ in range(entries // 2):
         log.append(session_id, [_DATA, _DATA], created_at=1.0)
-
-
-def reset(store: SessionStore, session_id: str, length: str) -> None:
-    """Bring the short history back to its length, which the appends before made longer."""
-    if length == "short":
-        store.history.delete(session_id)
-        fill(store.history, session_id, SHORT)
 
 
 def _append(log: HistoryLog, session_id: str) -> None:

@@ -489,7 +489,8 @@ def test_a_history_lives_as_long_as_its_session(new_url: NewURL, client: redis.R
     keys = keys_of(client, url)
     assert keys.keys() == {"s", "h", "hk"}
     session = client.pttl(keys["s"])
-    assert all(client.pttl(key) >= session for key in keys.values())
+    # To some seconds, which pass between the questions.
+    assert all(client.pttl(key) > session - 60_000 for key in keys.values())
     longer = following(RECORD, expires_at=RECORD.expires_at + 9e6)
     store.save(longer, expected=1)
     assert all(client.pttl(key) > session + 8e9 for key in keys.values())
