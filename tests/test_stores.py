@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import resource
 import select
 import sqlite3
 import stat
@@ -300,6 +301,32 @@ def test_file_fsync(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < created < len(synced)
 
 
+def test_file_removals_keep_few_files_open(file_store: SessionStore) -> None:
+    """However many sessions are removed at once, their files are closed on the way, and all at the end."""
+    records = [make_record(number) for number in range(600)]
+    file_store.save_many([Change(record=record, expected=0) for record in records])
+    before, limits = _open_handles(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 250, limits[1]))
+    try:
+        removed = file_store.delete_many([Deletion(id=record.id, expected=1) for record in records])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert removed == [True] * 600
+    assert _open_handles() == before
+
+
+def _open_handles() -> set[int]:
+    return {handle for handle in map(int, os.listdir("/dev/fd")) if _is_open(handle)}
+
+
+def _is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False  # the one that listed them
+    return True
+
+
 # SQL ------------------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +348,19 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr("sqlite3.connect", noted)
     monkeypatch.setattr("sqlite3.dbapi2.connect", noted)
     return made
+
+
+def test_sqlite_copies_the_log_of_many_changes_in_a_thread_that_ends(
+    database: Path, connections: list[tuple[int, int]]
+) -> None:
+    """After many changes at once another thread empties the log on a connection of its own; closing waits for it."""
+    store = open_store(f"sqlite:///{database}")
+    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(500)]))
+    store.close()
+    threads = {thread for _, thread in connections}
+    assert len(threads) == 2
+    assert threads & {thread.ident for thread in threading.enumerate()} <= {threading.get_ident()}
+    assert database.stat().st_size > 100_000
 
 
 @pytest.mark.usefixtures("open_umask")

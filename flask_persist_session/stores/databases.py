@@ -98,6 +98,8 @@ class PerThread(pw.Database):
 
 #: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
 _LONGEST_LOG = 4000
+#: KiB that a connection keeps in memory once it made many changes: they are all over the indexes.
+_CACHE_OF_MANY = 12_000
 #: How many pages the log has when commits begin to empty it; SQLite's own default.
 _LOG_LEFT_TO_COMMITS = 1000
 
@@ -130,6 +132,7 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         # Otherwise whoever commits into a long log copies what is in it, and waits for the disk to have it.
         run: Any = self.execute_sql
         run("PRAGMA wal_autocheckpoint = 0")
+        run(f"PRAGMA cache_size = -{_CACHE_OF_MANY}")
         try:
             with self.atomic():
                 yield
