@@ -172,7 +172,7 @@ def test_a_listing_of_redis_holds_few_ids(new_url: Callable[[str], str], monkeyp
         return made
 
     monkeypatch.setattr(store._client, "pipeline", counted)
-    assert len(list(store._ids("-inf", "+inf"))) == 1024
+    assert len(list(store._ids(SessionQuery()))) == 1024
     assert max(held) == 8
     store.close()
 

@@ -145,7 +145,12 @@ class FileCheck:
             if frame is None or frame.transaction:
                 damage = list(self._under_lock(path, partial(self._unsettled, path)))
                 if frame is None and not damage:
-                    damage = list(self._under_lock(path, partial(self._damaged, path, session_id)))
+                    look = partial(self._under_lock, path, partial(self._damaged, path, session_id))
+                    if os.path.getsize(path) == 0:
+                        # Whoever makes the file has it open a moment before it is locked.
+                        self._look_again(look)
+                        return
+                    damage = list(look())
                 yield from damage
                 if any(finding.kind != "torn" for finding in damage):
                     return
