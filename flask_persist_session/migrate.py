@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
-from .exceptions import SessionConflict
+from .exceptions import SessionConflict, SessionNotFound
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
+from .stores.history import copy_history
 from .stores.migrating import MigratingStore
 
 _BATCH = 200
@@ -29,6 +31,8 @@ class MigrationReport:
     present: int = 0
     expired: int = 0
     compared: int = 0
+    entries: int = 0
+    """Entries of histories that the target has now."""
     different: tuple[str, ...] = ()
 
     @property
@@ -42,6 +46,9 @@ class Migration:
 
     :param clock: returns the current time in seconds since the epoch.
     :param progress: called with the number of sessions that have been dealt with since the last call.
+    :param is_over: whether a record is left behind, because the next cleanup would remove it.
+    :param margin: seconds within which what happens to a session need not count as used.
+    :param with_history: whether the sessions may have histories, which come along.
     """
 
     def __init__(
@@ -50,11 +57,18 @@ class Migration:
         target: SessionStore,
         clock: Callable[[], float],
         progress: Callable[[int], object] | None = None,
+        *,
+        is_over: Callable[[SessionRecord], bool] | None = None,
+        margin: float = 60.0,
+        with_history: bool = False,
     ) -> None:
         self._source = source
         self._target = target
         self._clock = clock
         self._progress = progress or (lambda _: None)
+        self._is_over = is_over or (lambda record: clock() >= record.expires_at)
+        self._margin = margin
+        self._with_history = with_history
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
@@ -69,21 +83,33 @@ class Migration:
         started = self._clock()
         self._copy(self._source.scan())
         # What ends does not count as used, so it is asked for by itself.
-        self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
+        self._copy(self._source.find(SessionQuery(accessed_after=started - self._margin)), again=True)
         self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
         compared, different = self._compare()
         return MigrationReport(**self._counts, compared=compared, different=different)
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
-            now = self._clock()
-            wanted = [record for record in batch if now < record.expires_at]
+            wanted = [record for record in batch if not self._is_over(record)]
             saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
+                if self._with_history:
+                    self._copy_history(record)
             if not again:
                 self._counts["expired"] += len(batch) - len(wanted)
                 self._progress(len(batch))
+
+    def _copy_history(self, record: SessionRecord) -> None:
+        """Bring over the entries that the target has not. Raises ``UnsupportedByStore`` if it cannot keep them."""
+        source = self._source.history
+        count = source.count(record.id)
+        if not count:
+            return
+        with suppress(SessionNotFound):  # ended and removed there meanwhile
+            target = self._target.history
+            before = target.count(record.id)
+            self._counts["entries"] += max(0, copy_history(source, target, record.id) - before)
 
     def _note(self, record: SessionRecord, outcome: str, again: bool) -> None:
         if again and outcome == "present":
@@ -112,12 +138,21 @@ class Migration:
         compared, different = 0, []
         for session_id in self._sample:
             here, there = self._source.get(session_id), self._target.get(session_id)
-            if here is None or self._clock() >= here.expires_at:
+            if here is None or self._is_over(here):
                 continue  # gone meanwhile
             compared += 1
             if there is None or not (_alike(here, there) or _is_later(here, there) or _is_later(there, here)):
                 different.append(session_id)
         return compared, tuple(different)
+
+
+def added_up(reports: Iterable[MigrationReport]) -> MigrationReport:
+    """One report of several namespaces."""
+    sums, different = Counter[str](), list[str]()
+    for report in reports:
+        sums.update({field.name: getattr(report, field.name) for field in fields(report) if field.name != "different"})
+        different += report.different
+    return MigrationReport(**sums, different=tuple(different))
 
 
 def _is_later(record: SessionRecord, than: SessionRecord) -> bool:
