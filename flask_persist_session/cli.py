@@ -20,6 +20,7 @@ from .lifecycle import WEB
 from .records import SessionRecord, State
 
 if TYPE_CHECKING:
+    from .cleanup import CleanupReport
     from .extension import PersistSession
     from .lookup import SessionDetails
     from .manager import SessionManager
@@ -156,14 +157,22 @@ def show(session_id: str, as_json: bool) -> None:
     details, archived = _find(session_id)
     if as_json:
         known = describe.archived_as_json(archived) if archived else describe.as_json(details.record, details.state)
-        click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
+        more = {"data": details.data, "sizes": details.sizes, "entries": details.entries}
+        latest = [asdict(entry) for entry in details.latest]
+        click.echo(json.dumps({**known, **terminal.plain({**more, "latest": latest})}))
         return
-    facts = describe.archived_facts(archived, now) if archived else describe.facts(details.record, now)
-    for label, value in facts:
+    facts = (
+        describe.archived_facts(archived, now) if archived else describe.facts(details.record, now, awaits=details.awaits)
+    )
+    for label, value in (*facts, *describe.history_facts(details)):
         click.echo(f"{label:<9} {value}")
     for key, size in details.sizes.items():
         click.echo(f"\n{terminal.escape(repr(key))}: {terminal.size(size)}")
         for line in terminal.pretty(details.data[key], terminal.terminal_width() - 2):
+            click.echo(f"  {line}")
+    for entry in details.latest:
+        click.echo(f"\n{describe.entry_heading(entry, now)}")
+        for line in terminal.pretty(entry.content, terminal.terminal_width() - 2):
             click.echo(f"  {line}")
 
 
@@ -187,7 +196,7 @@ def _find(session_id: str) -> tuple[SessionDetails, ArchivedSession | None]:
         archived = _search_archives(session_id) if error.missing else None
         if archived is None:
             raise
-        return manager.inspect(archived.record), archived
+        return manager.inspect(archived.record, entries=archived.entries, latest=archived.latest), archived
 
 
 def _search_archives(beginning: str) -> ArchivedSession | None:
@@ -302,12 +311,18 @@ def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
     try:
         for name, manager in extension().managers.items():
-            report = manager.cleanup(older_than=older_than, dry_run=dry_run)
-            verb = "would remove" if dry_run else "removed"
-            parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-            click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+            _echo_cleaned(name, manager.cleanup(older_than=older_than, dry_run=dry_run))
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
+
+
+def _echo_cleaned(namespace: str, report: CleanupReport) -> None:
+    verb = "would remove" if report.dry_run else "removed"
+    parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
+    click.echo(f"{verb} {report.removed:,} sessions{'' if namespace == WEB else f' of {namespace}'} ({parts})")
+    endings = report.endings
+    if endings.processed or endings.short or endings.failed:
+        click.echo(f"  on_end: {endings.processed:,} processed, {endings.short:,} too short, {endings.failed:,} failed")
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -21,15 +21,17 @@ from .backup import BackupReport, RestoreReport, Strategy, back_up, restore
 from .backup_files import BackupFile, backups_in, newest_before
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, CapPolicy, Config, checked
+from .ending import Handler
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .lifecycle import WEB
-from .manager import SessionManager
-from .migrate import Migration, MigrationReport, move_rest
+from .manager import SessionManager, history_of
+from .migrate import Migration, MigrationReport, added_up, move_rest
 from .monthly_archive import MonthlyArchive
 from .origins import FlaskCookie, Origin, open_origin
-from .records import Improvement
+from .records import JSON, Improvement, SessionRecord
 from .serializers import Codec
+from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
 from .stores.migrating import MigratingStore
@@ -54,6 +56,12 @@ class _Common:
         """Seconds; also read anew each time, because the application may set its own later."""
         return self.config.idle_timeout or min(LONGEST, self.app.permanent_session_lifetime.total_seconds())
 
+    @staticmethod
+    def _add_to_archive(
+        archive: MonthlyArchive, namespace: str, store: SessionStore, records: list[SessionRecord], now: float
+    ) -> None:
+        archive.add(namespace, records, now, history=history_of(store, namespace))
+
     def manager(self, store: SessionStore, namespace: str, **options: Any) -> SessionManager:
         """The manager of a namespace; what *options* do not say is as the settings have it."""
         config = self.config
@@ -66,7 +74,7 @@ class _Common:
             "max_entries": config.max_entries,
             "cap_policy": config.cap_policy,
         }
-        archive = partial(self.archive.add, namespace) if self.archive else None
+        archive = partial(self._add_to_archive, self.archive, namespace, store) if self.archive else None
         return SessionManager(
             store, self.codec, namespace=namespace, archive=archive, sender=self.app, **(common | options)
         )
@@ -196,6 +204,8 @@ class PersistSession:
         cap_policy: CapPolicy | None = None,
         max_bytes: int | None = None,
         max_entries: int | None = None,
+        on_end: Handler | None = None,
+        min_entries: int | None = None,
     ) -> SessionManager:
         """The manager of sessions of the application's own, beside those of ``flask.session``: chats, jobs, carts.
 
@@ -206,6 +216,11 @@ class PersistSession:
 
         :param name: of the namespace: 1 to 40 lower-case letters, digits and underscores.
         :param app: the application; not given: the current one, or the one that this object was made with.
+        :param on_end: a function that is given each session of the namespace, a ``StoredSession``, once it has ended or
+            expired, but not if it was deleted: at least once, by one worker at a time, within the context of the
+            application, after a pause again if it raises. What it returns, text, other JSON or ``None``, is kept as
+            ``summary`` in the session's metadata for ``keep_ended``. Until then the session is not removed.
+        :param min_entries: only sessions whose history has so many entries; 0, which is the default: all.
 
         Raises ``ConfigError`` for a name or an option that is wrong, and options other than those of the first call;
         ``UnsupportedByStore`` for a store that has one namespace only; otherwise as ``manager`` does.
@@ -219,9 +234,11 @@ class PersistSession:
             "cap_policy": cap_policy,
             "max_bytes": max_bytes,
             "max_entries": max_entries,
+            "on_end": on_end,
+            "min_entries": min_entries,
         }
         options = {
-            key: checked(key, value, f"{key} of the namespace {name!r}")
+            key: _checked_option(key, value, f"{key} of the namespace {name!r}")
             for key, value in given.items()
             if value is not None
         }
@@ -266,7 +283,7 @@ class PersistSession:
         _refuse_same(to, state.config.store, "migrate")
         target = _open(current_app, to, "migrate")
         try:
-            return Migration(state.store, target, lambda: state.manager.clock(), progress).run()
+            return added_up([_migration(manager, target, progress).run() for manager in state.managers.values()])
         finally:
             if target is not to:
                 target.close()
@@ -277,10 +294,10 @@ class PersistSession:
         Raises ``ConfigError`` if the setting names none, ``UnsupportedByStore`` where that store cannot list,
         ``StoreError``; what was moved until then is. Also raises as ``manager`` does.
         """
-        store = _state().store
-        if not isinstance(store, MigratingStore):
+        stores = [manager.store for manager in _state().managers.values()]
+        if not isinstance(stores[0], MigratingStore):
             raise ConfigError(f"nothing to move from: give a store to copy to, or set {PREFIX}MIGRATE_FROM")
-        return move_rest(store, progress)
+        return sum(move_rest(store, progress) for store in stores if isinstance(store, MigratingStore))
 
     @property
     def config(self) -> Config:
@@ -394,6 +411,18 @@ class PersistSession:
         )
 
 
+def _migration(manager: SessionManager, target: SessionStore, progress: Progress) -> Migration:
+    return Migration(
+        manager.store,
+        target if manager.namespace == WEB else target.namespace(manager.namespace),
+        lambda: manager.clock(),
+        progress,
+        is_over=manager.is_over,
+        margin=manager.renew_interval,
+        with_history=manager.history_log() is not None,
+    )
+
+
 def _open(app: Flask, store: str | SessionStore | object, source: str) -> SessionStore:
     try:
         return open_store(store, base_path=app.instance_path)
@@ -435,6 +464,13 @@ def _open_origins(app: Flask, manager: SessionManager, urls: Sequence[str], sour
         raise ConfigError(f"{source}: {error}") from error
 
 
+def _checked_option(key: str, value: object, source: str) -> Any:
+    """An option of a namespace. Raises ``ConfigError``, which calls it *source*."""
+    if key == "on_end" and not callable(value):
+        raise ConfigError(f"{source} is {value!r:.80}; allowed is a function that is given the session that has ended")
+    return value if key == "on_end" else checked("max_entries" if key == "min_entries" else key, value, source)
+
+
 def _namespace(state: _State, name: str, options: dict[str, Any]) -> SessionManager:
     if name == WEB:
         if options:
@@ -457,12 +493,22 @@ def _set_up(state: _State, name: str, options: dict[str, Any]) -> SessionManager
     if "idle_timeout" in options:
         seconds = options["idle_timeout"]
         options["idle_timeout"] = lambda: seconds
+    if handler := options.pop("on_end", None):
+        options["on_end"] = partial(_call_in_context, state.common.app, handler)
+    elif options.get("min_entries"):
+        raise ConfigError(f"min_entries of the namespace {name!r} goes with on_end, which is not given")
     try:
         return state.common.manager(state.store.namespace(name), name, keep_data=True, **options)
     except UnsupportedByStore as error:
-        if options.get("max_per_user"):
-            raise ConfigError(f"max_per_user of the namespace {name!r} needs a store that can list: {error}") from error
+        wanted = " and ".join(key for key in ("max_per_user", "on_end", "min_entries") if options.get(key))
+        if wanted:
+            raise ConfigError(f"{wanted} of the namespace {name!r} needs what the store cannot do: {error}") from error
         raise
+
+
+def _call_in_context(app: Flask, handler: Handler, session: StoredSession) -> JSON:
+    with app.app_context():
+        return handler(session)
 
 
 def _state(app: Flask | None = None) -> _State:

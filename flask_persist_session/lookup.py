@@ -8,7 +8,7 @@ from typing import Any
 
 from .exceptions import SerializationError, SessionNotFound, UnsupportedByStore
 from .lifetime import Lifetime
-from .records import SessionQuery, SessionRecord, State, is_id_prefix, is_session_id
+from .records import HistoryEntry, SessionQuery, SessionRecord, State, is_id_prefix, is_session_id
 from .serializers import Codec
 from .stores.base import SessionStore
 
@@ -29,6 +29,12 @@ class SessionDetails:
     """The decoded payload, of expired sessions too; ended ones have none."""
     sizes: dict[str, int]
     """The encoded bytes of each key of the data, largest first."""
+    awaits: bool = False
+    """Whether it stays until the handler ``on_end`` of its namespace has had it."""
+    entries: int = 0
+    """How many entries its history has."""
+    latest: tuple[HistoryEntry, ...] = field(default=(), repr=False)
+    """The last few of them."""
 
 
 class Lookup:
@@ -64,7 +70,9 @@ class Lookup:
                 f"the data of session {record.id} cannot be read: {error}. Its user goes on with a new session; set "
                 "PERSIST_SESSION_SERIALIZER and SECRET_KEY as they were when it was stored, or revoke it"
             ) from error
-        return SessionDetails(record=record, state=state, data=data, sizes=self._codec.sizes(data))
+        return SessionDetails(
+            record=record, state=state, data=data, sizes=self._codec.sizes(data), awaits=self._lifetime.awaits(record)
+        )
 
     def _complete(self, given: str) -> str:
         beginning = given.lower()
