@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backup import BackupReport, RestoreReport
-from .cleanup import CleanupReport
+from .cleanup import CleanupReport, EndingReport
 from .exceptions import (
     BackupError,
     ConfigError,
@@ -71,6 +71,7 @@ __all__ = [
     "CleanupReport",
     "ConfigError",
     "Deletion",
+    "EndingReport",
     "Finding",
     "Health",
     "History",

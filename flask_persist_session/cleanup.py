@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import filterfalse, islice
 from typing import TypeAlias
 
 from .announcer import Announcer
@@ -24,13 +23,29 @@ NOTE = "cleanup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndingReport:
+    """What became of sessions that had ended, or expired, in a namespace with ``on_end``."""
+
+    processed: int = 0
+    """Their handler has returned."""
+    short: int = 0
+    """They had fewer entries than ``min_entries``, and need no handler."""
+    failed: int = 0
+    """Their handler raised an exception; it is called again later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CleanupReport:
-    """What a cleanup removed, or with *dry_run* would remove: sessions that had expired, ended, or were idle too long."""
+    """What a cleanup removed, or with *dry_run* would remove: sessions that had expired, ended, or were idle too long.
+
+    *endings* is what became of those that went to ``on_end`` instead.
+    """
 
     expired: int = 0
     ended: int = 0
     idle: int = 0
     dry_run: bool = False
+    endings: EndingReport = EndingReport()
 
     @property
     def removed(self) -> int:
@@ -44,6 +59,7 @@ class Cleanup:
     :param now: the moment at which everything is judged, in seconds since the epoch.
     :param deliver: calls what sends an event, in its own way.
     :param archive: is given each batch and *now* before the batch is removed; nothing of it is removed if this raises.
+    :param stays: whether a record stays, whatever its time.
     """
 
     def __init__(
@@ -53,18 +69,20 @@ class Cleanup:
         now: float,
         deliver: Callable[[Callable[[], object]], object],
         archive: Archive | None = None,
+        stays: Callable[[SessionRecord], bool] = lambda _: False,
     ) -> None:
         self._store = store
         self._announcer = announcer
         self._now = now
         self._deliver = deliver
         self._archive = archive
+        self._stays = stays
 
-    def run(self, *, idle_since: float | None, dry_run: bool, stop: Callable[[], bool]) -> CleanupReport:
-        """Remove, or with *dry_run* only count; active sessions without a request since *idle_since* too."""
+    def run(self, queries: Iterable[SessionQuery], *, dry_run: bool, stop: Callable[[], bool]) -> CleanupReport:
+        """Remove what *queries* find, or with *dry_run* only count."""
         counts: dict[State, int] = {"expired": 0, "ended": 0, "active": 0}
-        for query in self._queries(idle_since):
-            for batch in batches(self._store.find(query)):
+        for query in queries:
+            for batch in batches(filterfalse(self._stays, self._store.find(query))):
                 if stop():
                     break
                 for record in batch if dry_run else self._remove(batch):
@@ -83,12 +101,6 @@ class Cleanup:
         if not stop():
             with suppress(UnsupportedByStore):
                 self._store.note(NOTE, self._now)
-
-    def _queries(self, idle_since: float | None) -> Iterator[SessionQuery]:
-        # A session expires at expires_at, and the query excludes its bound.
-        yield SessionQuery(expires_before=math.nextafter(self._now, math.inf))
-        if idle_since is not None:
-            yield SessionQuery(state="active", now=self._now, accessed_before=idle_since)
 
     def _remove(self, records: list[SessionRecord]) -> list[SessionRecord]:
         """Archive and remove just these versions; returns those that were removed."""

@@ -158,7 +158,9 @@ def show(session_id: str, as_json: bool) -> None:
         known = describe.archived_as_json(archived) if archived else describe.as_json(details.record, details.state)
         click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
         return
-    facts = describe.archived_facts(archived, now) if archived else describe.facts(details.record, now)
+    facts = (
+        describe.archived_facts(archived, now) if archived else describe.facts(details.record, now, awaits=details.awaits)
+    )
     for label, value in facts:
         click.echo(f"{label:<9} {value}")
     for key, size in details.sizes.items():
@@ -302,12 +304,19 @@ def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
     try:
         for name, manager in extension().managers.items():
-            report = manager.cleanup(older_than=older_than, dry_run=dry_run)
-            verb = "would remove" if dry_run else "removed"
-            parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-            click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+            _clean_up(name, manager, older_than, dry_run)
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
+
+
+def _clean_up(name: str, manager: SessionManager, older_than: float | None, dry_run: bool) -> None:
+    report = manager.cleanup(older_than=older_than, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
+    parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
+    click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+    endings = report.endings
+    if endings.processed or endings.short or endings.failed:
+        click.echo(f"  on_end: {endings.processed:,} processed, {endings.short:,} too short, {endings.failed:,} failed")
 
 
 def _confirm(question: str, yes: bool) -> None:

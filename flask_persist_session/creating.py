@@ -17,6 +17,8 @@ from .stores.base import NAME_LIMITS, is_name
 
 #: So many entries of a history are copied at once.
 _ENTRIES = 500
+#: Seconds within which a history is copied.
+_COPYING = 60.0
 
 
 class Creating(Lifecycle):
@@ -169,11 +171,19 @@ class Creating(Lifecycle):
     def _set_aside(self, record: SessionRecord) -> None:
         """Keep a copy of what ended under the id of a key, with its history.
 
-        Under an id that is the same for all who do so at once, or once more after a crash.
+        Under an id that is the same for all who do so at once, or once more after a crash: what that left behind gives way.
         """
         aside = replace(record, id=tokens.set_aside_id(record.id, record.created_at))
+        if self._lifetime.awaits(aside):
+            if aside.ended_at is None:
+                aside = self._lifetime.ended(aside, "expired")
+                self._announcer.expired(record)
+            # Its handler must not see a part of the history.
+            aside = replace(aside, expires_at=max(aside.expires_at, self.clock() + _COPYING))
         with suppress(SessionConflict):
-            self.store.save(aside, expected=0)
+            left = self.store.get(aside.id)
+            version = left.version + 1 if left else aside.version
+            self.store.save(replace(aside, version=version), expected=left.version if left else 0)
         with suppress(UnsupportedByStore):
             log, last = self.store.history, 0
             while entries := log.read(record.id, after=last, limit=_ENTRIES):

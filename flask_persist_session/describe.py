@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import terminal
+from .lifetime import ATTEMPTS, PROCESSED, SUMMARY
 from .monthly_archive import ArchivedSession
 from .records import JSON, SessionRecord, State
 from .session import LAST_SEEN, SIGN_IN
@@ -15,6 +16,8 @@ from .session import LAST_SEEN, SIGN_IN
 SHOWN_DIGITS = 12
 #: What the metadata has of devices, which is long.
 _DEVICES = (SIGN_IN, LAST_SEEN)
+#: What it has of the handler of ended sessions.
+_PROCESSING = (SUMMARY, PROCESSED, ATTEMPTS)
 #: Why a session ended, for reasons that this package gives.
 _REASONS = {
     "revoked": "somebody ended it from outside: an operator or the application",
@@ -81,8 +84,8 @@ def as_json(record: SessionRecord, state: State) -> dict[str, Any]:
     }
 
 
-def facts(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
-    """What is known of a session, each with a label."""
+def facts(record: SessionRecord, now: float, *, awaits: bool = False) -> Iterator[tuple[str, str]]:
+    """What is known of a session, each with a label; *awaits*: it stays until ``on_end`` has had it."""
     yield "session", record.id
     yield "state", _state(record, now)
     yield "user", _name(record.user_id) or "none"
@@ -94,12 +97,27 @@ def facts(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
         yield "expires", terminal.both(record.expires_at, now)
     else:
         yield "ended", terminal.both(record.ended_at, now)
-        yield "kept", f"until {terminal.both(record.expires_at, now)}"
+        yield "kept", "until on_end has had it" if awaits else f"until {terminal.both(record.expires_at, now)}"
+    yield from _processing(record, now)
     yield "version", f"{record.version:,}"
     yield from ((key, _json(record.metadata[key])) for key in _DEVICES if key in record.metadata)
-    others = {key: value for key, value in record.metadata.items() if key not in _DEVICES}
+    told = (*_DEVICES, *(_PROCESSING if record.ended_at is not None else ()))
+    others = {key: value for key, value in record.metadata.items() if key not in told}
     yield "metadata", _json(others or None)
     yield "size", terminal.size(len(record.data))
+
+
+def _processing(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
+    """What came of ``on_end`` for a session that has ended, each with a label."""
+    if record.ended_at is None:
+        return
+    attempts, moment = record.metadata.get(ATTEMPTS), record.metadata.get(PROCESSED)
+    if isinstance(attempts, int):
+        yield "attempts", f"{attempts:,}, next at {terminal.both(record.expires_at, now)}"
+    if isinstance(moment, (int, float)):
+        yield "processed", terminal.both(moment, now)
+    if SUMMARY in record.metadata:
+        yield "summary", _json(record.metadata[SUMMARY])
 
 
 def _json(value: JSON) -> str:

@@ -21,6 +21,7 @@ from .backup import BackupReport, RestoreReport, Strategy, back_up, restore
 from .backup_files import BackupFile, backups_in, newest_before
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, CapPolicy, Config, checked
+from .ending import Handler
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .lifecycle import WEB
@@ -28,8 +29,9 @@ from .manager import SessionManager
 from .migrate import Migration, MigrationReport, move_rest
 from .monthly_archive import MonthlyArchive
 from .origins import FlaskCookie, Origin, open_origin
-from .records import Improvement
+from .records import JSON, Improvement
 from .serializers import Codec
+from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
 from .stores.migrating import MigratingStore
@@ -196,6 +198,8 @@ class PersistSession:
         cap_policy: CapPolicy | None = None,
         max_bytes: int | None = None,
         max_entries: int | None = None,
+        on_end: Handler | None = None,
+        min_entries: int | None = None,
     ) -> SessionManager:
         """The manager of sessions of the application's own, beside those of ``flask.session``: chats, jobs, carts.
 
@@ -206,6 +210,11 @@ class PersistSession:
 
         :param name: of the namespace: 1 to 40 lower-case letters, digits and underscores.
         :param app: the application; not given: the current one, or the one that this object was made with.
+        :param on_end: a function that is given each session of the namespace, a ``StoredSession``, once it has ended or
+            expired, but not if it was deleted: at least once, by one worker at a time, within the context of the
+            application, after a pause again if it raises. What it returns, text, other JSON or ``None``, is kept as
+            ``summary`` in the session's metadata for ``keep_ended``. Until then the session is not removed.
+        :param min_entries: only sessions whose history has so many entries; 0, which is the default: all.
 
         Raises ``ConfigError`` for a name or an option that is wrong, and options other than those of the first call;
         ``UnsupportedByStore`` for a store that has one namespace only; otherwise as ``manager`` does.
@@ -219,9 +228,11 @@ class PersistSession:
             "cap_policy": cap_policy,
             "max_bytes": max_bytes,
             "max_entries": max_entries,
+            "on_end": on_end,
+            "min_entries": min_entries,
         }
         options = {
-            key: checked(key, value, f"{key} of the namespace {name!r}")
+            key: _checked_option(key, value, f"{key} of the namespace {name!r}")
             for key, value in given.items()
             if value is not None
         }
@@ -435,6 +446,13 @@ def _open_origins(app: Flask, manager: SessionManager, urls: Sequence[str], sour
         raise ConfigError(f"{source}: {error}") from error
 
 
+def _checked_option(key: str, value: object, source: str) -> Any:
+    """An option of a namespace. Raises ``ConfigError``, which calls it *source*."""
+    if key == "on_end" and not callable(value):
+        raise ConfigError(f"{source} is {value!r:.80}; allowed is a function that is given the session that has ended")
+    return value if key == "on_end" else checked("max_entries" if key == "min_entries" else key, value, source)
+
+
 def _namespace(state: _State, name: str, options: dict[str, Any]) -> SessionManager:
     if name == WEB:
         if options:
@@ -457,12 +475,22 @@ def _set_up(state: _State, name: str, options: dict[str, Any]) -> SessionManager
     if "idle_timeout" in options:
         seconds = options["idle_timeout"]
         options["idle_timeout"] = lambda: seconds
+    if handler := options.pop("on_end", None):
+        options["on_end"] = partial(_call_in_context, state.common.app, handler)
+    elif options.get("min_entries"):
+        raise ConfigError(f"min_entries of the namespace {name!r} goes with on_end, which is not given")
     try:
         return state.common.manager(state.store.namespace(name), name, keep_data=True, **options)
     except UnsupportedByStore as error:
-        if options.get("max_per_user"):
-            raise ConfigError(f"max_per_user of the namespace {name!r} needs a store that can list: {error}") from error
+        wanted = " and ".join(key for key in ("max_per_user", "on_end", "min_entries") if options.get(key))
+        if wanted:
+            raise ConfigError(f"{wanted} of the namespace {name!r} needs what the store cannot do: {error}") from error
         raise
+
+
+def _call_in_context(app: Flask, handler: Handler, session: StoredSession) -> JSON:
+    with app.app_context():
+        return handler(session)
 
 
 def _state(app: Flask | None = None) -> _State:

@@ -66,6 +66,8 @@ class Lifecycle:
         cap_policy: CapPolicy = "evict_oldest",
         max_sessions: int = 0,
         archive: Archive | None = None,
+        on_end: Callable[[StoredSession], JSON] | None = None,
+        min_entries: int = 0,
         clock: Callable[[], float] = time.time,
         sender: object = None,
     ) -> None:
@@ -78,6 +80,11 @@ class Lifecycle:
         self._max_entries = max_entries
         self._user_key = user_key
         self._archive = archive
+        self._on_end = on_end
+        self._min_entries = min_entries
+        if on_end is not None:
+            store.scan()  # reads nothing yet, but raises for a store that cannot list
+            _ = min_entries and store.history
         self._announcer = Announcer(sender or self)
         self._lifetime = Lifetime(
             clock=lambda: self.clock(),
@@ -86,6 +93,7 @@ class Lifecycle:
             renew_interval=renew_interval,
             keep_ended=keep_ended,
             keep_data=keep_data,
+            hands_over=on_end is not None,
         )
         self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
         self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)

@@ -18,6 +18,9 @@ _LEFT = ("regenerated", "logout")
 _CLOCK_SLACK = 3600.0
 #: Where the metadata keeps a session's own idle timeout, in seconds.
 LIFETIME = "lifetime"
+#: Where it keeps what the handler of ended sessions returned, when that was (seconds since the epoch), and until then how
+#: often it was called.
+SUMMARY, PROCESSED, ATTEMPTS = "summary", "processed_at", "end_attempts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,8 @@ class Lifetime:
     keep_ended: float
     keep_data: bool = False
     """Whether ended sessions keep their data for as long as their reason: nobody gets in by it."""
+    hands_over: bool = False
+    """Whether a handler is to have what has ended before it may go."""
 
     def state(self, record: SessionRecord) -> State:
         """The state of *record* now. A timeout that was shortened counts at once, not only from the next renewal."""
@@ -108,6 +113,8 @@ class Lifetime:
         closed = replace(
             record,
             data=record.data if self.keep_data and not forget else b"",
+            # Those that the application has under these names say nothing of its handler.
+            metadata={key: value for key, value in record.metadata.items() if key not in (PROCESSED, ATTEMPTS)},
             # Tells this ending from any other at the same moment: whoever had to send it twice knows it again.
             accessed_at=record.accessed_at - random.random(),
             ended_at=now,
@@ -115,11 +122,37 @@ class Lifetime:
             expires_at=now + keep,
             version=record.version + 1,
         )
+        if self.awaits(closed):
+            return replace(closed, expires_at=now)
         return replace(closed, tags=frozenset(), metadata={}) if forget else closed
+
+    def awaits(self, record: SessionRecord) -> bool:
+        """Whether a handler is to have the session of *record*, once it has ended, before it may go."""
+        if not self.hands_over or not record.data:  # without data is what was deleted
+            return False
+        return record.end_reason != "regenerated" and not is_processed(record)
+
+    def processed(self, record: SessionRecord, summary: Mapping[str, JSON]) -> SessionRecord:
+        """The next version of an ended *record* that its handler has had; it is remembered from now on."""
+        now = self.clock()
+        metadata = {key: value for key, value in record.metadata.items() if key != ATTEMPTS}
+        return replace(
+            record,
+            metadata={**metadata, **summary, PROCESSED: now},
+            expires_at=now + self.keep_ended,
+            version=record.version + 1,
+        )
+
+    def is_over(self, record: SessionRecord) -> bool:
+        """Whether a cleanup removes *record* now."""
+        state = self.state(record)
+        return state != "active" and not self.awaits(record) and (state == "expired" or self.clock() >= record.expires_at)
 
     def is_remembered(self, record: SessionRecord) -> bool:
         """Whether requests that come with an ended *record* are still to be told."""
-        return self.is_in_grace(record) if record.end_reason == "regenerated" else self.clock() < record.expires_at
+        if record.end_reason == "regenerated":
+            return self.is_in_grace(record)
+        return self.awaits(record) or self.clock() < record.expires_at
 
     def is_in_grace(self, record: SessionRecord) -> bool:
         """Whether requests that come with an ended *record* may have been under way when its user went on without it.
@@ -144,6 +177,11 @@ class Lifetime:
 
     def _is_ahead(self, record: SessionRecord) -> bool:
         return record.accessed_at - self.clock() > _CLOCK_SLACK
+
+
+def is_processed(record: SessionRecord) -> bool:
+    """Whether the handler of ended sessions has had the session of *record*, or it was too short for it."""
+    return record.ended_at is not None and PROCESSED in record.metadata
 
 
 def check_lifetime(seconds: object) -> None:

@@ -29,6 +29,8 @@ class SessionDetails:
     """The decoded payload, of expired sessions too; ended ones have none."""
     sizes: dict[str, int]
     """The encoded bytes of each key of the data, largest first."""
+    awaits: bool = False
+    """Whether it stays until the handler ``on_end`` of its namespace has had it."""
 
 
 class Lookup:
@@ -64,7 +66,9 @@ class Lookup:
                 f"the data of session {record.id} cannot be read: {error}. Its user goes on with a new session; set "
                 "PERSIST_SESSION_SERIALIZER and SECRET_KEY as they were when it was stored, or revoke it"
             ) from error
-        return SessionDetails(record=record, state=state, data=data, sizes=self._codec.sizes(data))
+        return SessionDetails(
+            record=record, state=state, data=data, sizes=self._codec.sizes(data), awaits=self._lifetime.awaits(record)
+        )
 
     def _complete(self, given: str) -> str:
         beginning = given.lower()

@@ -10,16 +10,18 @@ from typing import Any
 
 from .adopting import Adopting
 from .cleanup import Cleanup, CleanupReport
+from .ending import Ending
 from .exceptions import UnsupportedByStore
 from .history import History
 from .lifecycle import WEB
+from .lifetime import is_processed
 from .lookup import SessionDetails
 from .records import SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
 from .transaction import Transacting
 
 
-class SessionManager(Adopting, Revoking, Transacting):
+class SessionManager(Adopting, Revoking, Transacting, Ending):
     """Creates, loads, saves and ends the sessions of one namespace.
 
     :param store: where the records are kept.
@@ -38,6 +40,9 @@ class SessionManager(Adopting, Revoking, Transacting):
     :param max_sessions: how many sessions the store may keep, in whatever state; 0: any number.
     :param archive: is given the sessions that a cleanup is about to remove, and the moment at which it began; if it raises,
         they stay. ``None``: they are removed without.
+    :param on_end: is given each session that has ended or expired, with its data, before it may be removed; what it
+        returns, JSON, is kept as ``summary`` in the metadata. ``None``: nobody is.
+    :param min_entries: only sessions with so many entries in their history.
     :param clock: returns the current time in seconds since the epoch.
     :param sender: sender of the signals; the manager itself if not given.
     """
@@ -82,6 +87,7 @@ class SessionManager(Adopting, Revoking, Transacting):
         expires_before: float | None = None,
         text: str | None = None,
         has_history: bool | None = None,
+        processed: bool | None = None,
         order_by: str | None = None,
         after: SessionRecord | None = None,
         limit: int | None = None,
@@ -90,7 +96,8 @@ class SessionManager(Adopting, Revoking, Transacting):
         """Yield the records of sessions, a few at a time; ``None`` and empty conditions match everything.
 
         The conditions are those of ``SessionQuery``; *state* is judged now, and *active* says whether it is ``"active"``.
-        *has_history*: whether anything was appended; that costs a look at each. *after* is the last record of the page
+        *has_history*: whether anything was appended; that costs a look at each. *processed*: whether ``on_end`` has had the
+        session; ``False`` are those that it is to have, once they have ended. *after* is the last record of the page
         before: the next ones in the order are found at the cost of the first.
 
         Raises ``ValueError`` for an order that is none, and *after* without one; ``UnsupportedByStore`` where the store
@@ -102,7 +109,7 @@ class SessionManager(Adopting, Revoking, Transacting):
             created_after = since if created_after is None else max(since, created_after)
         if after is not None and order_by is None:
             raise ValueError("after= is the last record of the page before in an order; give order_by= as well")
-        judged_here = active is False or has_history is not None
+        judged_here = active is False or has_history is not None or processed is not None
         query = SessionQuery(
             ids=None if ids is None else frozenset(ids),
             user_id=None if user_id is None else str(user_id),
@@ -124,11 +131,15 @@ class SessionManager(Adopting, Revoking, Transacting):
         found = self.store.find(query if after is None else replace(query, after=query.position(after)))
         if not judged_here:
             return found
-        matching = (record for record in found if self._matches(record, active, has_history))
+        matching = (record for record in found if self._matches(record, active, has_history, processed))
         return islice(matching, offset, None if limit is None else offset + limit)
 
-    def _matches(self, record: SessionRecord, active: bool | None, has_history: bool | None) -> bool:
+    def _matches(
+        self, record: SessionRecord, active: bool | None, has_history: bool | None, processed: bool | None
+    ) -> bool:
         if active is not None and active != (self._lifetime.state(record) == "active"):
+            return False
+        if processed is not None and not (is_processed(record) if processed else self._lifetime.awaits(record)):
             return False
         return has_history is None or has_history == bool(self.store.history.count(record.id))
 
@@ -176,8 +187,11 @@ class SessionManager(Adopting, Revoking, Transacting):
 
     def state(self, record: SessionRecord) -> State:
         """How the session of *record* stands now; ``"expired"`` for all that a cleanup would remove."""
-        state = self._lifetime.state(record)
-        return "expired" if state == "ended" and self.clock() >= record.expires_at else state
+        return "expired" if self._lifetime.is_over(record) else self._lifetime.state(record)
+
+    def is_over(self, record: SessionRecord) -> bool:
+        """Whether a cleanup would remove *record* now: its time is up, and ``on_end``, if there is one, has had it."""
+        return self._lifetime.is_over(record)
 
     def cleanup(
         self,
@@ -192,12 +206,15 @@ class SessionManager(Adopting, Revoking, Transacting):
         *older_than* (seconds): also remove active sessions whose last request is longer ago; one interval is added,
         within which requests are not noted. *dry_run*: only count. *deliver* calls what sends an event, and may do so
         in its own way. *stop* is asked between batches. Removed is exactly the version that was seen: a session renewed
-        meanwhile stays. If there is an archive, each batch is in it before it is removed.
+        meanwhile stays. If there is an archive, each batch is in it before it is removed. In a namespace with ``on_end``
+        nothing goes that this has not had, and what is due for it is handed over at the end, see ``process_ended``.
 
         Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, ``BackupError`` if the archive cannot be
         written, which removes nothing of the batch, and what a receiver raises.
         """
         now = self.clock()
-        idle_since = None if older_than is None else now - older_than - self.renew_interval
-        run = Cleanup(self.store, self._announcer, now, deliver, self._archive)
-        return run.run(idle_since=idle_since, dry_run=dry_run, stop=stop)
+        run = Cleanup(self.store, self._announcer, now, deliver, self._archive, self._lifetime.awaits)
+        report = run.run(self._cleanup_queries(now, older_than), dry_run=dry_run, stop=stop)
+        if dry_run:
+            return report
+        return replace(report, endings=self.process_ended(older_than=older_than, deliver=deliver, stop=stop))

@@ -101,6 +101,8 @@ class Sweeper(Recurring):
         what = "sessions" if manager.namespace == WEB else f"sessions of {manager.namespace}"
         seconds = time.monotonic() - started
         log.info("cleaned up %s in %.1f s: %d expired, %d ended", what, seconds, report.expired, report.ended)
+        if endings := report.endings.processed + report.endings.failed:
+            log.info("called on_end for %d %s, %d of which failed", endings, what, report.endings.failed)
 
     def _clock_was_set(self) -> bool:
         """Whether the wall clock leapt since the last run: by it, every session might seem to have expired."""
