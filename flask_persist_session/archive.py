@@ -2,7 +2,8 @@
 
 ::
 
-    web/records-000001.jsonl    a namespace, some MB of records: one JSON object a line, the data in base64
+    web/records-000001.jsonl    a namespace, some MB of records: one JSON object a line, the data in base64, and after
+                                each the lines of its history, if it has one
     web/records-000002.jsonl
     manifest.json               format, time, counts, and of each member its SHA-256, size and number of records
 
@@ -26,8 +27,8 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from .exceptions import BackupError
-from .record_lines import dump_record
-from .records import SessionRecord
+from .record_lines import HISTORY, dump_record
+from .records import JSON, SessionRecord
 from .serializers import DAMAGED
 
 FORMAT = 1
@@ -100,9 +101,12 @@ class ArchiveWriter:
         self._flush()
         self._namespace, self._number = namespace, 0
 
-    def add(self, record: SessionRecord) -> bool:
-        """Add a record, unless it is too large for an archive; say whether it was added."""
-        line = dump_record(record)
+    def add(self, record: SessionRecord, **more: JSON) -> bool:
+        """Add a record with *more* fields, unless it is too large for an archive; say whether it was added."""
+        return self.add_line(dump_record(record, **more))
+
+    def add_line(self, line: bytes) -> bool:
+        """Add a line of the history of the record that was added last; say whether it was, as ``add`` does."""
         if len(line) > LARGEST_MEMBER:
             return False
         if self._size + len(line) > _MEMBER_BYTES:
@@ -142,7 +146,7 @@ class ArchiveWriter:
         # In large pieces: after each the thread waits for its turn in the interpreter, some milliseconds.
         content = b"".join(lines)
         digest = hashlib.sha256(content).hexdigest()
-        self._members[name] = {"sha256": digest, "bytes": len(content), "records": len(lines)}
+        self._members[name] = {"sha256": digest, "bytes": len(content), "records": count_records(content)}
         self._write(self._header(name, len(content)) + _padded(content))
 
     def _write(self, content: bytes) -> None:
@@ -185,10 +189,16 @@ def verify(file: BinaryIO, progress: Progress = silent) -> Manifest:
         if not member.content.endswith(b"\n"):
             raise BackupError(f"its member {member.name} ends within a line")
         digest = hashlib.sha256(member.content).hexdigest()
-        records = member.content.count(b"\n")
+        records = count_records(member.content)
         found[member.name] = {"sha256": digest, "bytes": len(member.content), "records": records}
         progress(records)
     raise BackupError("it has no manifest")
+
+
+def count_records(content: bytes) -> int:
+    """How many of the lines are records; others are of histories."""
+    # In JSON there is no line end within a line.
+    return content.count(b"\n") - content.count(b"\n" + HISTORY) - content.startswith(HISTORY)
 
 
 def read_lines(file: BinaryIO, manifest: Manifest) -> Iterator[tuple[str, list[bytes]]]:

@@ -9,19 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import BinaryIO, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from . import archive as backup_archive
 from . import monthly_archive
 from .archive import ArchiveWriter, Manifest, Progress, silent
 from .backup_files import drafting, is_archive_name, opened, rotate
-from .exceptions import BackupError, SerializationError, SessionConflict, UnsupportedByStore
+from .creating import OVERWRITTEN
+from .exceptions import BackupError, SerializationError, SessionConflict, SessionNotFound, UnsupportedByStore
+from .lifecycle import WEB
 from .manager import SessionManager
 from .monthly_archive import Contents, is_monthly_archive
-from .record_lines import load_record
+from .record_lines import HISTORY, cut_off, dump_history, facts_of, load_history, load_line
 from .records import Change, SessionQuery, SessionRecord
-from .stores.base import check_save
+from .stores.base import SessionStore, check_save
+from .stores.history import HistoryLog
 from .version import __version__
 
 Managers: TypeAlias = Mapping[str, SessionManager]
@@ -37,6 +39,10 @@ _GAP = 0.012
 _STEP = 1000
 _ATTEMPTS = 50
 _REASONS = 10
+#: The end reason of what stands for a session whose history is being restored, and seconds after which it is removed if
+#: nobody goes on with that.
+_RESTORING = "restoring"
+_PATIENCE = 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,8 @@ class BackupReport:
     """Expired ones, and ended ones whose reason has been kept long enough; only if they were asked for."""
     ended: int = 0
     """Ended ones, without data, so that a restore knows of their end."""
+    entries: int = 0
+    """Entries of their histories."""
     left_out: int = 0
     """Sessions too large for an archive, which are missing in it."""
     removed: tuple[str, ...] = ()
@@ -79,6 +87,8 @@ class RestoreReport:
     expired: int = 0
     """Sessions whose time was up, in the archive or in the store."""
     failed: int = 0
+    entries: int = 0
+    """Entries of the histories that came back with their sessions."""
     reasons: tuple[str, ...] = ()
     """Why sessions failed, of the first ten."""
     dry_run: bool = False
@@ -132,7 +142,15 @@ def back_up(
     except OSError as error:
         raise BackupError(f"the backup cannot be written to {place}: {error.strerror or error}") from error
     total = sum(run.counts.values(), Counter())
-    return BackupReport(path=draft.path, created_at=now, bytes=size, left_out=run.left_out, removed=removed, **dict(total))
+    return BackupReport(
+        path=draft.path,
+        created_at=now,
+        bytes=size,
+        entries=run.entries,
+        left_out=run.left_out,
+        removed=removed,
+        **dict(total),
+    )
 
 
 def _first(managers: Managers) -> SessionManager:
@@ -146,7 +164,7 @@ class _Backup:
         self._include_expired = include_expired
         self._progress = progress
         self.counts: dict[str, Counter[str]] = {}
-        self.left_out = 0
+        self.left_out = self.entries = 0
 
     def write(self, managers: Managers, file: BinaryIO, now: float, filters: Mapping[str, object]) -> None:
         with closing(ArchiveWriter(file, created_at=now)) as archive:
@@ -162,19 +180,37 @@ class _Backup:
 
     def _add_all(self, archive: ArchiveWriter, manager: SessionManager) -> Counter[str]:
         counts: Counter[str] = Counter()
+        history = manager.history_log()
         for number, record in enumerate(manager.store.snapshot(), 1):
             if number % _STEP == 0:
                 self._progress(_STEP)
             state = manager.state(record)
-            if state == "expired" and not self._include_expired:
+            if manager.is_over(record) and not self._include_expired:
                 continue
             if not (self._everything or self._query.matches(record)):
                 continue
-            if archive.add(record):
-                counts[state] += 1
-            else:
+            facts = facts_of(history, record.id) if history else {}
+            if not archive.add(record, **facts):
                 self.left_out += 1
+                continue
+            counts[state] += 1
+            if history and facts:
+                self._add_history(archive, manager.store, history, record, facts["entries"])
         return counts
+
+    def _add_history(
+        self, archive: ArchiveWriter, store: SessionStore, history: HistoryLog, record: SessionRecord, count: Any
+    ) -> None:
+        def is_same() -> bool:
+            # Where a key was used anew meanwhile, what is there is the history of another session.
+            current = store.get(record.id)
+            return current is not None and current.created_at == record.created_at
+
+        for line in dump_history(history, record.id, count, same=is_same):
+            if not archive.add_line(line):
+                archive.add_line(cut_off(record.id))
+                break
+        self.entries += count
 
 
 # Restoring ------------------------------------------------------------------------------------------------------------
@@ -204,10 +240,9 @@ def restore(
             _check_namespaces(contents, managers)
             started(contents.records)
             run = _Restore(strategy, dry_run, sign_out)
-            for namespace, lines in _read_lines(file, contents):
-                for batch in _batches(lines):
-                    run.restore(managers[namespace], batch)
-                    progress(len(batch))
+            for namespace, batch in _batches(_sessions(_read_lines(file, contents))):
+                run.restore(managers[namespace], batch)
+                progress(len(batch))
             return run.report()
     except FileNotFoundError as error:
         raise BackupError(f"there is no archive {path}") from error
@@ -233,10 +268,86 @@ def _check_namespaces(contents: Manifest | Contents, managers: Managers) -> None
         raise BackupError(f"it has sessions of {', '.join(unknown)}, and this application has only {', '.join(managers)}")
 
 
-def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    source = iter(lines)
-    while batch := list(islice(source, _BATCH)):
-        yield batch
+@dataclass(slots=True)
+class _Archived:
+    """A line of a record, and the lines of its history, which are to be read before the next record is."""
+
+    namespace: str
+    line: bytes
+    history: Iterator[bytes]
+    has_history: bool
+
+
+def _sessions(members: Iterator[tuple[str, list[bytes]]]) -> Iterator[_Archived]:
+    lines = ((namespace, line) for namespace, content in members for line in content)
+    following = next(lines, None)
+
+    def history() -> Iterator[bytes]:
+        nonlocal following
+        while following is not None and following[1].startswith(HISTORY):
+            line = following[1]
+            following = next(lines, None)
+            yield line
+
+    while following is not None:
+        namespace, line = following
+        following = next(lines, None)
+        rest = history()
+        # Those that might have one count as well: where a crash cut it off, its lines are missing.
+        yield _Archived(namespace, line, rest, b'"entries":' in line)
+        for _ in rest:  # of one that is not restored
+            pass
+
+
+def _batches(sessions: Iterator[_Archived]) -> Iterator[tuple[str, list[_Archived]]]:
+    """Sessions of one namespace: some without history, or one with."""
+    batch = list[_Archived]()
+    for session in sessions:
+        if batch and (session.has_history or session.namespace != batch[0].namespace or len(batch) >= _BATCH):
+            yield batch[0].namespace, batch
+            batch = []
+        batch.append(session)
+        if session.has_history:
+            yield session.namespace, batch
+            batch = []
+    if batch:
+        yield batch[0].namespace, batch
+
+
+class _Dialogue:
+    """The history of a record, as an archive has it."""
+
+    def __init__(self, fields: Mapping[str, Any], lines: Iterator[bytes]) -> None:
+        self.count = int(fields.get("entries", 0))
+        self._last_at = fields.get("last_entry_at")
+        self._lines = lines
+        self._record_id = fields["id"]
+
+    def is_in(self, history: HistoryLog) -> bool:
+        """Whether it is what *history* has, no more and no less."""
+        if history.count(self._record_id) != self.count:
+            return False
+        last = history.read(self._record_id, limit=1, newest=True)
+        return not last or last[0].created_at == self._last_at
+
+    def put_into(self, history: HistoryLog) -> int:
+        """Append it; returns the number of entries.
+
+        Raises ``SessionConflict`` if others interfere, ``SerializationError`` if the archive has not all of it.
+        """
+        last = 0
+        for line in self._lines:
+            session_id, entries = load_history(line)
+            if not entries:
+                return last
+            try:
+                history.restore(session_id, entries)
+            except (SessionNotFound, ValueError) as error:
+                raise SessionConflict(f"it was changed while its history was restored: {error}") from error
+            last = entries[-1].seq
+        if last < self.count:
+            raise SerializationError(f"the archive has {last:,} of the {self.count:,} entries of its history")
+        return last
 
 
 class _Restore:
@@ -253,19 +364,17 @@ class _Restore:
     def report(self) -> RestoreReport:
         return RestoreReport(**self._counts, reasons=tuple(self._reasons), dry_run=self._dry_run)
 
-    def restore(self, manager: SessionManager, lines: list[bytes]) -> None:
-        records = list(self._wanted(manager, lines))
-        if self._dry_run:
-            present = records
-        else:
-            saved = self._create(manager, records)
+    def restore(self, manager: SessionManager, batch: list[_Archived]) -> None:
+        present = list(self._wanted(manager, batch))
+        if not (self._dry_run or batch[0].has_history):
+            saved = self._create(manager, [record for record, _ in present])
             self._counts["restored"] += sum(saved)
-            present = [record for record, was_missing in zip(records, saved, strict=True) if not was_missing]
-        live = _live(manager, present)
-        for record in present:
+            present = [one for one, was_missing in zip(present, saved, strict=True) if not was_missing]
+        live = _live(manager, [record for record, _ in present])
+        for record, dialogue in present:
             try:
-                self._counts[self._reconcile(manager, record, live.get(record.id))] += 1
-            except (SerializationError, SessionConflict) as error:
+                self._counts[self._reconcile(manager, record, dialogue, live.get(record.id))] += 1
+            except (SerializationError, SessionConflict, UnsupportedByStore) as error:
                 self._fail(record.id, error)
 
     def _create(self, manager: SessionManager, records: list[SessionRecord]) -> list[bool]:
@@ -275,40 +384,50 @@ class _Restore:
         finally:
             self._paused_at = time.monotonic()
 
-    def _wanted(self, manager: SessionManager, lines: list[bytes]) -> Iterator[SessionRecord]:
-        """The records that are to be there again."""
-        for line in lines:
+    def _wanted(self, manager: SessionManager, batch: list[_Archived]) -> Iterator[tuple[SessionRecord, _Dialogue]]:
+        """The records that are to be there again, with their histories."""
+        for archived in batch:
             try:
-                record = load_record(line, version=1)
-                if manager.state(record) == "expired":
+                record, fields = load_line(archived.line, version=1)
+                if manager.is_over(record):
                     self._counts["expired"] += 1
                     continue
-                if self._sign_out:
+                # Nobody is signed in by a session of the application's own, and without its user nobody would find it.
+                if self._sign_out and manager.namespace == WEB:
                     record = manager.without_user(record)
                 check_save(record, 0)
-            except (SerializationError, ValueError) as error:
-                self._fail(_id_in(line), error)
+                dialogue = _Dialogue(fields, archived.history)
+            except (SerializationError, ValueError, TypeError) as error:
+                self._fail(_id_in(archived.line), error)
             else:
-                yield record
+                yield record, dialogue
 
     def _fail(self, name: str, error: Exception) -> None:
         self._counts["failed"] += 1
         if len(self._reasons) < _REASONS:
             self._reasons.append(f"{name}: {error}")
 
-    def _reconcile(self, manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> str:
+    def _reconcile(
+        self, manager: SessionManager, record: SessionRecord, dialogue: _Dialogue, live: SessionRecord | None
+    ) -> str:
         """Settle a record of which the store has, or had, another version; says under which count it falls."""
         for _ in range(_ATTEMPTS):
             live = live or manager.store.get(record.id)
             fate = self._fate(manager, record, live)
-            if fate not in ("restored", "overwritten") or self._dry_run or _put(manager, record, live):
+            if fate not in ("restored", "overwritten") or self._dry_run:
+                return fate
+            entries = _put(manager, record, dialogue, live)
+            if entries is not None:
+                self._counts["entries"] += entries
                 return fate
             live = None
         raise SessionConflict(f"it was changed by others {_ATTEMPTS} times meanwhile")
 
     def _fate(self, manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> str:
-        if live is None:
+        if live is None or live.end_reason == _RESTORING:
             return "restored"
+        if live.end_reason == OVERWRITTEN:
+            return "overwritten"  # by a restore that was stopped in the middle
         if live.ended_at is not None:
             return "ended"
         if manager.state(live) == "expired":
@@ -328,21 +447,43 @@ def _live(manager: SessionManager, records: list[SessionRecord]) -> dict[str, Se
     return {}
 
 
-def _put(manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> bool:
-    """Store *record* in place of *live*; ``False`` if somebody else was faster."""
-    store = manager.store
+def _put(manager: SessionManager, record: SessionRecord, dialogue: _Dialogue, live: SessionRecord | None) -> int | None:
+    """Store *record* in place of *live*, with its history; returns how many entries of that were stored.
+
+    ``None`` if somebody else was faster. Raises ``SessionConflict`` if somebody interferes later.
+    """
+    store, history = manager.store, manager.history_log()
+    into = store.history if dialogue.count else None  # raises if there are none
     try:
-        if live is None:
-            store.save(record, expected=0)
-        elif (live.user_id, live.tenant_id, live.created_at) == (record.user_id, record.tenant_id, record.created_at):
+        if live is not None and _is_same(record, live) and (history is None or dialogue.is_in(history)):
             store.save(replace(record, version=live.version + 1), expected=live.version)
-        elif store.delete(live.id, expected=live.version):  # those never change under one id
+            return 0
+        if live is not None:
+            manager.make_way(live)
+        if into is None:
             store.save(record, expected=0)
-        else:
-            return False
+            return 0
+        draft = _draft(record, manager.clock())
+        store.save(draft, expected=0)
     except SessionConflict:
-        return False
-    return True
+        return None
+    entries = dialogue.put_into(into)
+    store.save(replace(record, version=draft.version + 1), expected=draft.version)
+    return entries
+
+
+def _is_same(record: SessionRecord, live: SessionRecord) -> bool:
+    # Those never change under one id.
+    return live.end_reason != OVERWRITTEN and (live.user_id, live.tenant_id, live.created_at) == (
+        record.user_id,
+        record.tenant_id,
+        record.created_at,
+    )
+
+
+def _draft(record: SessionRecord, now: float) -> SessionRecord:
+    """What stands for *record* until its history is complete: ended, so that nobody appends, and without data."""
+    return replace(record, data=b"", ended_at=now, end_reason=_RESTORING, expires_at=now + _PATIENCE, version=1)
 
 
 def _id_in(line: bytes) -> str:

@@ -156,16 +156,22 @@ def show(session_id: str, as_json: bool) -> None:
     details, archived = _find(session_id)
     if as_json:
         known = describe.archived_as_json(archived) if archived else describe.as_json(details.record, details.state)
-        click.echo(json.dumps({**known, "data": terminal.plain(details.data), "sizes": terminal.plain(details.sizes)}))
+        more = {"data": details.data, "sizes": details.sizes, "entries": details.entries}
+        latest = [asdict(entry) for entry in details.latest]
+        click.echo(json.dumps({**known, **terminal.plain({**more, "latest": latest})}))
         return
     facts = (
         describe.archived_facts(archived, now) if archived else describe.facts(details.record, now, awaits=details.awaits)
     )
-    for label, value in facts:
+    for label, value in (*facts, *describe.history_facts(details)):
         click.echo(f"{label:<9} {value}")
     for key, size in details.sizes.items():
         click.echo(f"\n{terminal.escape(repr(key))}: {terminal.size(size)}")
         for line in terminal.pretty(details.data[key], terminal.terminal_width() - 2):
+            click.echo(f"  {line}")
+    for entry in details.latest:
+        click.echo(f"\n{describe.entry_heading(entry, now)}")
+        for line in terminal.pretty(entry.content, terminal.terminal_width() - 2):
             click.echo(f"  {line}")
 
 
@@ -189,7 +195,7 @@ def _find(session_id: str) -> tuple[SessionDetails, ArchivedSession | None]:
         archived = _search_archives(session_id) if error.missing else None
         if archived is None:
             raise
-        return manager.inspect(archived.record), archived
+        return manager.inspect(archived.record, entries=archived.entries, latest=archived.latest), archived
 
 
 def _search_archives(beginning: str) -> ArchivedSession | None:

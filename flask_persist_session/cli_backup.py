@@ -77,6 +77,8 @@ def _described(report: BackupReport) -> str:
         f"backed up {report.sessions:,} sessions ({report.active:,} active, {report.expired:,} expired, "
         f"{report.ended:,} ended) to {report.path}, {terminal.size(report.bytes)}"
     ]
+    if report.entries:
+        lines.append(f"with them {report.entries:,} entries of their histories")
     if report.left_out:
         lines.append(f"left out {report.left_out:,} sessions that are too large for an archive")
     if report.removed:
@@ -198,6 +200,8 @@ def _told(report: RestoreReport) -> str:
         f"{verb} {report.restored:,} of {report.sessions:,} sessions; {report.overwritten:,} overwritten, "
         f"{report.skipped:,} skipped, {report.ended:,} ended since, {report.expired:,} expired, {report.failed:,} failed"
     ]
+    if report.entries:
+        lines.append(f"with them {report.entries:,} entries of their histories")
     return "\n".join([*lines, *(f"failed: {terminal.one_line(reason)}" for reason in report.reasons)])
 
 

@@ -41,7 +41,8 @@ def _copy_to(url: str) -> None:
     with terminal.progress("copying", sessions.store.count(SessionQuery())) as advance:
         report = sessions.migrate(url, progress=advance)
     parts = f"{report.updated:,} updated, {report.present:,} there already, {report.expired:,} expired and left behind"
-    click.echo(f"copied {report.copied:,} sessions ({parts})")
+    entries = f" with {report.entries:,} entries" if report.entries else ""
+    click.echo(f"copied {report.copied:,} sessions{entries} ({parts})")
     if report.only_there:
         number = f"{report.only_there:,} active session" + (" is" if report.only_there == 1 else "s are")
         click.echo(f"{number} only there: of its own, or ended here and cleaned up since an earlier copy")

@@ -45,7 +45,8 @@ def _echo_report(report: CheckReport, repair: bool) -> None:
     if report.found > len(report.findings):
         click.echo(f"… and {report.found - len(report.findings):,} more")
     outcome = f"{report.found:,} found, {report.repaired:,} repaired" if report.found else "nothing is wrong"
-    click.echo(f"checked {report.checked:,} session{'' if report.checked == 1 else 's'}: {outcome}")
+    entries = f" with {report.entries:,} entries" if report.entries else ""
+    click.echo(f"checked {report.checked:,} session{'' if report.checked == 1 else 's'}{entries}: {outcome}")
     if report.left and not repair:
         click.echo("--repair mends what can be mended without losing anything; make a backup first", err=True)
 

@@ -17,6 +17,8 @@ from .stores.base import NAME_LIMITS, is_name
 
 #: So many entries of a history are copied at once.
 _ENTRIES = 500
+#: The end reason of a session that a restore replaces.
+OVERWRITTEN = "overwritten"
 #: Seconds within which a history is copied.
 _COPYING = 60.0
 
@@ -167,6 +169,21 @@ class Creating(Lifecycle):
         self.store.delete(new.id, expected=old.version)
         began = max(new.created_at, math.nextafter(old.created_at, math.inf))
         return replace(new, version=old.version + 1, created_at=began)
+
+    def make_way(self, record: SessionRecord) -> None:
+        """Free the id of an active session for another state of it, or another session.
+
+        In a namespace of the application's own it goes to another id, ended, with its history; else it is removed. Raises
+        ``SessionConflict`` if it was changed, ``StoreError``.
+        """
+        if self._lifetime.keep_data and record.ended_at is None:
+            ended = self._lifetime.ended(record, OVERWRITTEN)
+            self.store.save(ended, expected=record.version)  # from now on nothing is appended
+            record = ended
+        if self._lifetime.keep_data and record.data:
+            self._set_aside(record)
+        if not self.store.delete(record.id, expected=record.version):
+            raise SessionConflict(f"session {record.id} was changed while it was being replaced")
 
     def _set_aside(self, record: SessionRecord) -> None:
         """Keep a copy of what ended under the id of a key, with its history.

@@ -8,8 +8,9 @@ from typing import Any
 
 from . import terminal
 from .lifetime import ATTEMPTS, PROCESSED, SUMMARY
+from .lookup import SessionDetails
 from .monthly_archive import ArchivedSession
-from .records import JSON, SessionRecord, State
+from .records import JSON, HistoryEntry, SessionRecord, State
 from .session import LAST_SEEN, SIGN_IN
 
 #: So many digits of an id a narrow table shows; the chance that any two of a million sessions share them is 1 %.
@@ -122,6 +123,18 @@ def _processing(record: SessionRecord, now: float) -> Iterator[tuple[str, str]]:
 
 def _json(value: JSON) -> str:
     return "none" if value is None else terminal.escape(json.dumps(value, ensure_ascii=False))
+
+
+def history_facts(details: SessionDetails) -> Iterator[tuple[str, str]]:
+    """What is known of the history of a session, each with a label; nothing if it has none."""
+    if details.entries:
+        shown = len(details.latest)
+        yield "entries", f"{details.entries:,}" + (f", the last {shown} of which follow" if shown < details.entries else "")
+
+
+def entry_heading(entry: HistoryEntry, now: float) -> str:
+    """What is above the content of an entry."""
+    return f"{entry.seq:,} {terminal.escape(entry.role)}, {terminal.both(entry.created_at, now)}"
 
 
 def fate(record: SessionRecord, now: float) -> str:

@@ -25,11 +25,11 @@ from .ending import Handler
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .lifecycle import WEB
-from .manager import SessionManager
-from .migrate import Migration, MigrationReport, move_rest
+from .manager import SessionManager, history_of
+from .migrate import Migration, MigrationReport, added_up, move_rest
 from .monthly_archive import MonthlyArchive
 from .origins import FlaskCookie, Origin, open_origin
-from .records import JSON, Improvement
+from .records import JSON, Improvement, SessionRecord
 from .serializers import Codec
 from .stored import StoredSession
 from .stores import open_store
@@ -56,6 +56,12 @@ class _Common:
         """Seconds; also read anew each time, because the application may set its own later."""
         return self.config.idle_timeout or min(LONGEST, self.app.permanent_session_lifetime.total_seconds())
 
+    @staticmethod
+    def _add_to_archive(
+        archive: MonthlyArchive, namespace: str, store: SessionStore, records: list[SessionRecord], now: float
+    ) -> None:
+        archive.add(namespace, records, now, history=history_of(store, namespace))
+
     def manager(self, store: SessionStore, namespace: str, **options: Any) -> SessionManager:
         """The manager of a namespace; what *options* do not say is as the settings have it."""
         config = self.config
@@ -68,7 +74,7 @@ class _Common:
             "max_entries": config.max_entries,
             "cap_policy": config.cap_policy,
         }
-        archive = partial(self.archive.add, namespace) if self.archive else None
+        archive = partial(self._add_to_archive, self.archive, namespace, store) if self.archive else None
         return SessionManager(
             store, self.codec, namespace=namespace, archive=archive, sender=self.app, **(common | options)
         )
@@ -277,7 +283,7 @@ class PersistSession:
         _refuse_same(to, state.config.store, "migrate")
         target = _open(current_app, to, "migrate")
         try:
-            return Migration(state.store, target, lambda: state.manager.clock(), progress).run()
+            return added_up([_migration(manager, target, progress).run() for manager in state.managers.values()])
         finally:
             if target is not to:
                 target.close()
@@ -288,10 +294,10 @@ class PersistSession:
         Raises ``ConfigError`` if the setting names none, ``UnsupportedByStore`` where that store cannot list,
         ``StoreError``; what was moved until then is. Also raises as ``manager`` does.
         """
-        store = _state().store
-        if not isinstance(store, MigratingStore):
+        stores = [manager.store for manager in _state().managers.values()]
+        if not isinstance(stores[0], MigratingStore):
             raise ConfigError(f"nothing to move from: give a store to copy to, or set {PREFIX}MIGRATE_FROM")
-        return move_rest(store, progress)
+        return sum(move_rest(store, progress) for store in stores if isinstance(store, MigratingStore))
 
     @property
     def config(self) -> Config:
@@ -403,6 +409,18 @@ class PersistSession:
             started=started,
             progress=progress,
         )
+
+
+def _migration(manager: SessionManager, target: SessionStore, progress: Progress) -> Migration:
+    return Migration(
+        manager.store,
+        target if manager.namespace == WEB else target.namespace(manager.namespace),
+        lambda: manager.clock(),
+        progress,
+        is_over=manager.is_over,
+        margin=manager.renew_interval,
+        with_history=manager.history_log() is not None,
+    )
 
 
 def _open(app: Flask, store: str | SessionStore | object, source: str) -> SessionStore:

@@ -144,22 +144,22 @@ class History:
             before = entries[0].seq
 
     def _decoded(self, entries: list[LogEntry]) -> list[HistoryEntry]:
-        return [self._decode(entry) for entry in entries]
+        return [decode_entry(self._codec, self.session_id, entry) for entry in entries]
 
-    def _decode(self, entry: LogEntry) -> HistoryEntry:
-        try:
-            fields = self._codec.decode(entry.data)
-            return HistoryEntry(
-                seq=entry.seq,
-                role=fields["role"],
-                content=fields["content"],
-                metadata=fields["metadata"],
-                created_at=entry.created_at,
-            )
-        except (SerializationError, KeyError) as error:
-            raise SerializationError(
-                f"entry {entry.seq} of the history of {self.session_id} cannot be read: {error}"
-            ) from error
+
+def decode_entry(codec: Codec, session_id: str, entry: LogEntry) -> HistoryEntry:
+    """An entry of a session as it was appended. Raises ``SerializationError`` if it cannot be read."""
+    try:
+        fields = codec.decode(entry.data)
+        return HistoryEntry(
+            seq=entry.seq,
+            role=fields["role"],
+            content=fields["content"],
+            metadata=fields["metadata"],
+            created_at=entry.created_at,
+        )
+    except (SerializationError, KeyError) as error:
+        raise SerializationError(f"entry {entry.seq} of the history of {session_id} cannot be read: {error}") from error
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .exceptions import SerializationError, SessionNotFound, UnsupportedByStore
 from .lifetime import Lifetime
-from .records import SessionQuery, SessionRecord, State, is_id_prefix, is_session_id
+from .records import HistoryEntry, SessionQuery, SessionRecord, State, is_id_prefix, is_session_id
 from .serializers import Codec
 from .stores.base import SessionStore
 
@@ -31,6 +31,10 @@ class SessionDetails:
     """The encoded bytes of each key of the data, largest first."""
     awaits: bool = False
     """Whether it stays until the handler ``on_end`` of its namespace has had it."""
+    entries: int = 0
+    """How many entries its history has."""
+    latest: tuple[HistoryEntry, ...] = field(default=(), repr=False)
+    """The last few of them."""
 
 
 class Lookup:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from itertools import islice
@@ -12,12 +13,15 @@ from .adopting import Adopting
 from .cleanup import Cleanup, CleanupReport
 from .ending import Ending
 from .exceptions import UnsupportedByStore
-from .history import History
+from .history import History, decode_entry
 from .lifecycle import WEB
 from .lifetime import is_processed
 from .lookup import SessionDetails
-from .records import SessionQuery, SessionRecord, State, StoreStats
+from .record_lines import LATEST
+from .records import LogEntry, SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
+from .stores.base import SessionStore
+from .stores.history import HistoryLog
 from .transaction import Transacting
 
 
@@ -58,13 +62,18 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         """
         return self._lookup.record(session_id)
 
-    def inspect(self, session: str | SessionRecord) -> SessionDetails:
+    def inspect(self, session: str | SessionRecord, *, entries: int = 0, latest: Sequence[LogEntry] = ()) -> SessionDetails:
         """All that is known of a session in whatever state, for people who look.
 
-        *session* is its id, the beginning of it, or a record that is in the store no more, such as that of an archive.
-        Changes and reports nothing. Raises as ``look_up`` does, ``SerializationError`` also for data that cannot be read.
+        *session* is its id, the beginning of it, or a record that is in the store no more, such as that of an archive;
+        *entries* says how many its history had, and *latest* are the last of them. Changes and reports nothing. Raises as
+        ``look_up`` does, ``SerializationError`` also for data and entries that cannot be read.
         """
-        return self._lookup.details(self._lookup.record(session) if isinstance(session, str) else session)
+        record = self._lookup.record(session) if isinstance(session, str) else session
+        if isinstance(session, str) and (log := self.history_log()):
+            entries, latest = log.count(record.id), log.read(record.id, limit=LATEST, newest=True)
+        decoded = tuple(decode_entry(self._codec, record.id, entry) for entry in latest)
+        return replace(self._lookup.details(record), entries=entries, latest=decoded)
 
     def judge(self, record: SessionRecord) -> SessionRecord:
         """*record*, as ``find`` gave it, with the expiry that counts now, as ``look_up`` gives it."""
@@ -165,6 +174,10 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             max_bytes=self._max_bytes,
         )
 
+    def history_log(self) -> HistoryLog | None:
+        """Where the store keeps the histories of these sessions, ``None`` if there are none."""
+        return history_of(self.store, self.namespace)
+
     def for_tenant(self, tenant_id: object) -> SessionManager:
         """A manager that has this tenant's sessions alone: what others have is missing for it, whatever it is asked.
 
@@ -218,3 +231,11 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         if dry_run:
             return report
         return replace(report, endings=self.process_ended(older_than=older_than, deliver=deliver, stop=stop))
+
+
+def history_of(store: SessionStore, namespace: str) -> HistoryLog | None:
+    """The histories in the *store* of a namespace, ``None`` if it has none."""
+    if namespace != WEB:
+        with suppress(UnsupportedByStore):
+            return store.history
+    return None

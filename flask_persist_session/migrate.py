@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 from .archive import Progress, silent
@@ -40,6 +40,8 @@ class MigrationReport:
     present: int = 0
     expired: int = 0
     compared: int = 0
+    entries: int = 0
+    """Entries of histories that the target has now."""
     different: tuple[str, ...] = ()
     only_there: int = 0
 
@@ -54,6 +56,9 @@ class Migration:
 
     :param clock: returns the current time in seconds since the epoch.
     :param progress: called with the number of sessions that have been dealt with since the last call.
+    :param is_over: whether a record is left behind, because the next cleanup would remove it.
+    :param margin: seconds within which what happens to a session need not count as used.
+    :param with_history: whether the sessions may have histories, which come along.
     """
 
     def __init__(
@@ -62,11 +67,18 @@ class Migration:
         target: SessionStore,
         clock: Callable[[], float],
         progress: Progress = silent,
+        *,
+        is_over: Callable[[SessionRecord], bool] | None = None,
+        margin: float = 60.0,
+        with_history: bool = True,
     ) -> None:
         self._source = source
         self._target = target
         self._clock = clock
         self._progress = progress
+        self._is_over = is_over or (lambda record: clock() >= record.expires_at)
+        self._margin = margin
+        self._with_history = with_history
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
@@ -83,7 +95,7 @@ class Migration:
         started = self._clock()
         self._copy(self._source.scan())
         # What ends does not count as used, so it is asked for by itself.
-        self._copy(self._source.find(SessionQuery(accessed_after=started)), again=True)
+        self._copy(self._source.find(SessionQuery(accessed_after=started - self._margin)), again=True)
         self._copy(self._source.find(SessionQuery(state="ended", now=started)), again=True)
         compared, different = self._compare()
         return MigrationReport(
@@ -95,19 +107,22 @@ class Migration:
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
-            now = self._clock()
-            wanted = [record for record in batch if now < record.expires_at]
+            wanted = [record for record in batch if not self._is_over(record)]
             saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
-                try:
-                    self._copy_history(record.id)
-                except SerializationError as error:
-                    log.warning("the history of session %s was not copied to its end: %s", record.id, error)
-                    self._damaged[record.id] = None
+                if self._with_history:
+                    self._copy_readable_history(record.id)
             if not again:
                 self._counts["expired"] += len(batch) - len(wanted)
                 self._progress(len(batch))
+
+    def _copy_readable_history(self, session_id: str) -> None:
+        try:
+            self._copy_history(session_id)
+        except SerializationError as error:
+            log.warning("the history of session %s was not copied to its end: %s", session_id, error)
+            self._damaged[session_id] = None
 
     def _copy_history(self, session_id: str) -> None:
         """Copy what the target is missing of a history. Raises ``UnsupportedByStore`` if it keeps none."""
@@ -118,10 +133,12 @@ class Migration:
         if not source.count(session_id):
             return
         target = self._target.history
+        before = 0
         for last in target.read(session_id, limit=1, newest=True):
+            before = last.seq
             if source.read(session_id, after=last.seq - 1, limit=1) != [last]:
                 return  # it goes on there in another way
-        copy_history(source, target, session_id)
+        self._counts["entries"] += copy_history(source, target, session_id) - before
 
     def _note(self, record: SessionRecord, outcome: str, again: bool) -> None:
         if again and outcome == "present":
@@ -150,7 +167,7 @@ class Migration:
         compared, different = 0, []
         for session_id in self._sample:
             here, there = self._source.get(session_id), self._target.get(session_id)
-            if here is None or self._clock() >= here.expires_at:
+            if here is None or self._is_over(here):
                 continue  # gone meanwhile
             compared += 1
             if there is None or not (_alike(here, there) or _is_later(here, there) or _is_later(there, here)):
@@ -164,6 +181,15 @@ class Migration:
             while ids := frozenset(record.id for record in islice(active, _BATCH)):
                 count += len(ids) - self._source.count(SessionQuery(ids=ids))
         return count
+
+
+def added_up(reports: Iterable[MigrationReport]) -> MigrationReport:
+    """One report of several namespaces."""
+    sums, different = Counter[str](), list[str]()
+    for report in reports:
+        sums.update({field.name: getattr(report, field.name) for field in fields(report) if field.name != "different"})
+        different += report.different
+    return MigrationReport(**sums, different=tuple(different))
 
 
 def _is_later(record: SessionRecord, than: SessionRecord) -> bool:

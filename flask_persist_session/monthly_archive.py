@@ -14,20 +14,22 @@ import os
 import re
 import struct
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import BinaryIO, NamedTuple
+from itertools import chain, takewhile
+from typing import BinaryIO, NamedTuple, cast
 
 from .archive import LARGEST_MEMBER, Progress, is_still, silent
 from .exceptions import BackupError, SerializationError
-from .record_lines import dump_record, load_line
-from .records import FIRST_MOMENT, LAST_MOMENT, SessionRecord, is_id_prefix
+from .record_lines import HISTORY, LATEST, dump_history, dump_record, facts_of, load_history, load_line
+from .records import FIRST_MOMENT, LAST_MOMENT, LogEntry, SessionRecord, is_id_prefix
 from .serializers import DAMAGED
 from .stores import make_directory
 from .stores.frames import SAFELY, sync_directory
+from .stores.history import HistoryLog
 
 _NAME = re.compile(r"sessions_archive_\d{6}\.jsonl\.gz", re.ASCII)
 #: gzip, deflate, an extra field; no time, unknown system; 8 bytes of extra field, of which "PS" has 4: the length.
@@ -54,6 +56,10 @@ class ArchivedSession:
     """When the cleanup began that removed it, in seconds since the epoch."""
     path: str
     """The archive that it is in."""
+    entries: int = 0
+    """How many entries its history has."""
+    latest: tuple[LogEntry, ...] = field(default=(), repr=False)
+    """The last few of them."""
 
 
 class MonthlyArchive:
@@ -66,18 +72,18 @@ class MonthlyArchive:
         self._directory = os.path.abspath(directory)
         self._whole: tuple[int, int, int] | None = None
 
-    def add(self, namespace: str, records: Iterable[SessionRecord], now: float) -> None:
-        """Add *records* to the archive of the month (UTC) of *now*; on return they are on the disk.
+    def add(
+        self, namespace: str, records: Iterable[SessionRecord], now: float, *, history: HistoryLog | None = None
+    ) -> None:
+        """Add *records*, and what *history* has of them, to the archive of the month (UTC) of *now*.
 
-        Raises ``BackupError`` if that is not possible; then none of them is there.
+        On return they are on the disk. Raises ``BackupError`` if that is not possible; then none of them is there.
         """
         path = os.path.join(self._directory, f"sessions_archive_{_month(now)}.jsonl.gz")
         try:
             make_directory(self._directory)
             with _locked(path) as handle:
-                self._append(
-                    handle, path, (dump_record(record, namespace=namespace, archived_at=now) for record in records)
-                )
+                self._append(handle, path, _dumped(namespace, records, now, history))
         except OSError as error:
             raise BackupError(
                 f"the archive {path} cannot be written: {error.strerror or error}. The sessions that were to be archived "
@@ -131,9 +137,10 @@ class MonthlyArchive:
         for path in self._paths():
             try:
                 with opened(path) as file:
-                    line = _search(file, beginning, progress)
-                    if line is not None:
-                        return _parsed(line, path)
+                    found = _search(file, beginning, progress)
+                    if found is not None:
+                        archived = _parsed(found[0], path)
+                        return replace(archived, latest=_latest(file, archived.record.id, found[1]))
             except BackupError as error:
                 problem = problem or error
         if problem is not None:
@@ -170,6 +177,14 @@ def _locked(path: str) -> Iterator[int]:
                 return
         finally:
             os.close(handle)
+
+
+def _dumped(namespace: str, records: Iterable[SessionRecord], now: float, history: HistoryLog | None) -> Iterator[bytes]:
+    for record in records:
+        facts = facts_of(history, record.id) if history else {}
+        yield dump_record(record, namespace=namespace, archived_at=now, **facts)
+        if history and facts:
+            yield from dump_history(history, record.id, cast(int, facts["entries"]), namespace=namespace)
 
 
 def _contents(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -277,12 +292,13 @@ def _all_members(file: BinaryIO) -> list[_Member]:
     return members
 
 
-def _search(file: BinaryIO, beginning: str, progress: Progress) -> bytes | None:
-    """The last line of the session."""
+def _search(file: BinaryIO, beginning: str, progress: Progress) -> tuple[bytes, Iterator[bytes]] | None:
+    """The last line of the session's record, and the lines after it."""
     # In JSON there is no line end within a line, so this matches nothing but the first field.
     wanted = b'\n{"id":"' + beginning.encode()
     problem: BackupError | None = None
-    for member in reversed(_all_members(file)):
+    members = _all_members(file)
+    for number, member in reversed(list(enumerate(members))):
         try:
             content = b"\n" + _read(file, member)
         except BackupError as error:
@@ -290,11 +306,24 @@ def _search(file: BinaryIO, beginning: str, progress: Progress) -> bytes | None:
             continue
         at = content.rfind(wanted) + 1
         if at:
-            return content[at : content.index(b"\n", at)]
+            line, _, rest = content[at:].partition(b"\n")
+            following = (line for later in members[number + 1 :] for line in _lines(file, later))
+            return line, chain(rest.split(b"\n")[:-1], following)
         progress(member.size)
     if problem is not None:
         raise problem
     return None
+
+
+def _latest(file: BinaryIO, session_id: str, lines: Iterator[bytes]) -> tuple[LogEntry, ...]:
+    """The last few entries of the history that begins with *lines*."""
+    latest = deque[LogEntry](maxlen=LATEST)
+    try:
+        for line in takewhile(lambda line: line.startswith(HISTORY), lines):
+            latest.extend(load_history(line)[1])
+    except SerializationError as error:
+        raise BackupError(f"the history of session {session_id} cannot be read: {error}") from error
+    return tuple(latest)
 
 
 def _parsed(line: bytes, path: str) -> ArchivedSession:
@@ -303,7 +332,13 @@ def _parsed(line: bytes, path: str) -> ArchivedSession:
         archived_at = float(fields["archived_at"])
         if not FIRST_MOMENT <= archived_at < LAST_MOMENT:
             raise ValueError("it was archived beyond all dates")
-        return ArchivedSession(record=record, namespace=str(fields["namespace"]), archived_at=archived_at, path=path)
+        return ArchivedSession(
+            record=record,
+            namespace=str(fields["namespace"]),
+            archived_at=archived_at,
+            path=path,
+            entries=int(fields.get("entries", 0)),
+        )
     except (SerializationError, *DAMAGED) as error:
         raise BackupError(f"it has a line that is no session: {error}") from error
 
@@ -316,10 +351,10 @@ class Contents:
     """What a verified archive has."""
 
     counts: Mapping[str, int]
-    """How many lines of each namespace."""
+    """How many records of each namespace."""
     members: list[_Member] = field(repr=False)
     superseded: frozenset[int] = field(repr=False)
-    """Lines, counted from 0, of sessions that the archive has in a later state too."""
+    """Records, counted from 0, of sessions that the archive has in a later state too."""
 
     @property
     def records(self) -> int:
@@ -344,7 +379,8 @@ def verify(file: BinaryIO, progress: Progress = silent, *, now: float) -> Conten
     counts: Counter[str] = Counter()
     active: dict[str, int] = {}
     superseded: set[int] = set()
-    for number, line in enumerate(_all_lines(file, members, progress)):
+    records = (line for line in _all_lines(file, members, progress) if not line.startswith(HISTORY))
+    for number, line in enumerate(records):
         archived = _parsed(line, file.name)
         record = archived.record
         counts[archived.namespace] += 1
@@ -372,12 +408,17 @@ def read_lines(file: BinaryIO, contents: Contents) -> Iterator[tuple[str, list[b
 
     Raises ``BackupError`` if it was damaged since.
     """
-    number = 0
+    number, namespace = -1, ""
     for member in contents.members:
-        lines = _lines(file, member)
-        namespace = _parsed(lines[0], file.name).namespace
-        yield namespace, [line for at, line in enumerate(lines, number) if at not in contents.superseded]
-        number += len(lines)
+        kept = list[bytes]()
+        for line in _lines(file, member):
+            if not line.startswith(HISTORY):
+                number += 1
+                # A member has records of one namespace.
+                namespace = namespace if kept else _parsed(line, file.name).namespace
+            if number not in contents.superseded:
+                kept.append(line)
+        yield namespace, kept
 
 
 def read_archive(path: str, *, now: float) -> Iterator[tuple[str, SessionRecord]]:
@@ -387,4 +428,4 @@ def read_archive(path: str, *, now: float) -> Iterator[tuple[str, SessionRecord]
     """
     with opened(path) as file:
         for namespace, lines in read_lines(file, verify(file, now=now)):
-            yield from ((namespace, _parsed(line, path).record) for line in lines)
+            yield from ((namespace, _parsed(line, path).record) for line in lines if not line.startswith(HISTORY))

@@ -1,16 +1,27 @@
-"""A record as a line of JSON, as backups and archives have it."""
+"""Records, and the entries of their histories, as lines of JSON, as backups and archives have them."""
 
 from __future__ import annotations
 
 import json
+import logging
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .exceptions import SerializationError
-from .records import JSON, SessionRecord
+from .records import JSON, LogEntry, SessionRecord
 from .serializers import DAMAGED, record_of
+from .stores.history import HistoryLog
 
+log = logging.getLogger("flask_persist_session")
+
+#: How a line of a history begins; no line of a record does.
+HISTORY = b'{"of":"'
+#: So many entries of a history are shown.
+LATEST = 5
+#: So many entries are read at once, and about so many bytes of them are in a line.
+_PAGE = 100
+_LINE_BYTES = 256 * 1024
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 #: Not ``json.loads``, which guesses the encoding of each line.
 _decode = json.JSONDecoder().decode
@@ -62,3 +73,78 @@ def load_line(line: bytes, *, version: int | None = None) -> tuple[SessionRecord
     except DAMAGED as error:
         raise SerializationError(f"the line is no session record: {type(error).__name__}: {error}") from error
     return record, fields
+
+
+# Histories ------------------------------------------------------------------------------------------------------------
+
+
+def facts_of(history: HistoryLog, session_id: str) -> dict[str, JSON]:
+    """What the line of a record says of the history that follows: how many entries, and when the last one was appended."""
+    count = history.count(session_id)
+    if not count:
+        return {}
+    last = _readable(history, session_id, count - 1, count)
+    return {"entries": count, "last_entry_at": last[0].created_at if last else None}
+
+
+def dump_history(
+    history: HistoryLog, session_id: str, count: int, *, same: Callable[[], bool] = lambda: True, **more: JSON
+) -> Iterator[bytes]:
+    """The first *count* entries as lines, a few at a time in memory, each line with *more* fields at the end.
+
+    It is cut off before an entry that is damaged, which is logged, and where *same* says that it is not the session's any
+    more.
+    """
+    last = 0
+    while last < count:
+        page = _readable(history, session_id, last, count)
+        if not page or not same():
+            yield cut_off(session_id, **more)
+            return
+        for part in _parts(page):
+            entries = [[entry.created_at, b2a_base64(entry.data, newline=False).decode()] for entry in part]
+            yield _encode({"of": session_id, "seq": part[0].seq, "entries": entries, **more}).encode() + b"\n"
+        last = page[-1].seq
+
+
+def cut_off(session_id: str, **more: JSON) -> bytes:
+    """A line that says that the history ends here, though there were more entries."""
+    return _encode({"of": session_id, "seq": 0, "entries": [], **more}).encode() + b"\n"
+
+
+def _readable(history: HistoryLog, session_id: str, after: int, count: int) -> list[LogEntry]:
+    for limit in (_PAGE, 1):  # one by one up to one that is damaged
+        try:
+            return history.read(session_id, after=after, before=count + 1, limit=limit)
+        except SerializationError as error:
+            problem = error
+    log.error("the history of session %s is left out from entry %d on: %s", session_id, after + 1, problem)
+    return []
+
+
+def _parts(entries: Sequence[LogEntry]) -> Iterator[list[LogEntry]]:
+    part, size = list[LogEntry](), 0
+    for entry in entries:
+        if part and size + len(entry.data) > _LINE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += len(entry.data)
+    yield part
+
+
+def load_history(line: bytes) -> tuple[str, list[LogEntry]]:
+    """The id of the session and the entries of a line: none if the history is cut off there.
+
+    Raises ``SerializationError`` for any other line.
+    """
+    try:
+        fields = json.loads(line)
+        first, session_id = fields["seq"], fields["of"]
+        entries = [
+            LogEntry(seq=first + place, data=a2b_base64(data), created_at=float(created_at))
+            for place, (created_at, data) in enumerate(fields["entries"])
+        ]
+    except DAMAGED as error:
+        raise SerializationError(f"the line is no part of a history: {type(error).__name__}: {error}") from error
+    return str(session_id), entries

@@ -31,7 +31,7 @@ _PATIENCE = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """What a check found: of *checked* sessions that can be read, and of all that is around them.
+    """What a check found: of *checked* sessions that can be read, with so many *entries*, and of all that is around them.
 
     *found* is how many findings there were, *repaired* how many of them were mended. *findings* are the first thousand.
     """
@@ -39,6 +39,7 @@ class CheckReport:
     checked: int = 0
     found: int = 0
     repaired: int = 0
+    entries: int = 0
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -53,7 +54,7 @@ class _Check:
     def __init__(self, repair: bool, progress: Progress) -> None:
         self._repair = repair
         self._progress = progress
-        self._checked = self._found = self._repaired = 0
+        self._checked = self._found = self._repaired = self._entries = 0
         self._findings: list[Finding] = []
 
     def look_at(self, manager: SessionManager) -> None:
@@ -63,6 +64,8 @@ class _Check:
     def _see(self, manager: SessionManager, record: SessionRecord) -> None:
         self._checked += 1
         self._progress(1)
+        if history := manager.history_log():
+            self._entries += history.count(record.id)
         try:
             manager.decode(record)
         except SerializationError as error:
@@ -77,7 +80,11 @@ class _Check:
 
     def report(self) -> CheckReport:
         return CheckReport(
-            checked=self._checked, found=self._found, repaired=self._repaired, findings=tuple(self._findings)
+            checked=self._checked,
+            found=self._found,
+            repaired=self._repaired,
+            entries=self._entries,
+            findings=tuple(self._findings),
         )
 
 

@@ -109,6 +109,7 @@ SIBLINGS = {
     ("auto_backup", "backup_files"),
     ("auto_backup", "sweeper"),
     ("record_lines", "serializers"),
+    ("record_lines", "stores"),
     ("monthly_archive", "archive"),
     ("lifetime", "config"),
     ("config", "serializers"),
