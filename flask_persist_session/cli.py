@@ -311,15 +311,16 @@ def cleanup(dry_run: bool, older_than: float | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
     try:
         for name, manager in extension().managers.items():
-            _echo_cleaned(name, manager.cleanup(older_than=older_than, dry_run=dry_run))
+            _clean_up(name, manager, older_than, dry_run)
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
 
 
-def _echo_cleaned(namespace: str, report: CleanupReport) -> None:
-    verb = "would remove" if report.dry_run else "removed"
+def _clean_up(name: str, manager: SessionManager, older_than: float | None, dry_run: bool) -> None:
+    report = manager.cleanup(older_than=older_than, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
     parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-    click.echo(f"{verb} {report.removed:,} sessions{'' if namespace == WEB else f' of {namespace}'} ({parts})")
+    click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
     endings = report.endings
     if endings.processed or endings.short or endings.failed:
         click.echo(f"  on_end: {endings.processed:,} processed, {endings.short:,} too short, {endings.failed:,} failed")

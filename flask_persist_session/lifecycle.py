@@ -43,6 +43,8 @@ WEB = "web"
 #: by more simultaneous writers of one session than that.
 ATTEMPTS = 200
 _LONGEST_PAUSE = 0.05
+#: For so many seconds a session waits for ``on_end`` in a store that removes by itself what nobody cleans up.
+_PATIENCE = 10 * 365 * 86400.0
 
 
 class Lifecycle:
@@ -85,6 +87,7 @@ class Lifecycle:
         if on_end is not None:
             store.scan()  # reads nothing yet, but raises for a store that cannot list
             _ = min_entries and store.history
+            store.margin = _PATIENCE
         self._announcer = Announcer(sender or self)
         self._lifetime = Lifetime(
             clock=lambda: self.clock(),

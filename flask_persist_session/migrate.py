@@ -112,14 +112,17 @@ class Migration:
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
                 if self._with_history:
-                    try:
-                        self._copy_history(record.id)
-                    except SerializationError as error:
-                        log.warning("the history of session %s was not copied to its end: %s", record.id, error)
-                        self._damaged[record.id] = None
+                    self._copy_readable_history(record.id)
             if not again:
                 self._counts["expired"] += len(batch) - len(wanted)
                 self._progress(len(batch))
+
+    def _copy_readable_history(self, session_id: str) -> None:
+        try:
+            self._copy_history(session_id)
+        except SerializationError as error:
+            log.warning("the history of session %s was not copied to its end: %s", session_id, error)
+            self._damaged[session_id] = None
 
     def _copy_history(self, session_id: str) -> None:
         """Copy what the target is missing of a history. Raises ``UnsupportedByStore`` if it keeps none."""
@@ -129,13 +132,13 @@ class Migration:
             return
         if not source.count(session_id):
             return
-        target, before = self._target.history, 0
+        target = self._target.history
+        before = 0
         for last in target.read(session_id, limit=1, newest=True):
+            before = last.seq
             if source.read(session_id, after=last.seq - 1, limit=1) != [last]:
                 return  # it goes on there in another way
-            before = last.seq
-        with suppress(SessionNotFound):  # ended and removed there meanwhile
-            self._counts["entries"] += max(0, copy_history(source, target, session_id) - before)
+        self._counts["entries"] += copy_history(source, target, session_id) - before
 
     def _note(self, record: SessionRecord, outcome: str, again: bool) -> None:
         if again and outcome == "present":

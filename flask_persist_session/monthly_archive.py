@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from itertools import chain, takewhile
+from itertools import chain
 from typing import BinaryIO, NamedTuple, cast
 
 from .archive import LARGEST_MEMBER, Progress, is_still, silent
@@ -140,7 +140,7 @@ class MonthlyArchive:
                     found = _search(file, beginning, progress)
                     if found is not None:
                         archived = _parsed(found[0], path)
-                        return replace(archived, latest=_latest(file, archived.record.id, found[1]))
+                        return replace(archived, latest=_latest(archived, found[1]))
             except BackupError as error:
                 problem = problem or error
         if problem is not None:
@@ -315,14 +315,16 @@ def _search(file: BinaryIO, beginning: str, progress: Progress) -> tuple[bytes, 
     return None
 
 
-def _latest(file: BinaryIO, session_id: str, lines: Iterator[bytes]) -> tuple[LogEntry, ...]:
-    """The last few entries of the history that begins with *lines*."""
-    latest = deque[LogEntry](maxlen=LATEST)
+def _latest(archived: ArchivedSession, lines: Iterator[bytes]) -> tuple[LogEntry, ...]:
+    """The last few entries of its history, with which *lines* begin."""
+    latest, last = deque[LogEntry](maxlen=LATEST), 0
     try:
-        for line in takewhile(lambda line: line.startswith(HISTORY), lines):
-            latest.extend(load_history(line)[1])
+        while last < archived.entries and (line := next(lines, b"")).startswith(HISTORY):
+            entries = load_history(line)[1]
+            latest.extend(entries)
+            last = entries[-1].seq if entries else archived.entries  # it is cut off there
     except SerializationError as error:
-        raise BackupError(f"the history of session {session_id} cannot be read: {error}") from error
+        raise BackupError(f"the history of session {archived.record.id} cannot be read: {error}") from error
     return tuple(latest)
 
 

@@ -427,6 +427,19 @@ def test_nothing_is_left_of_what_a_stop_interrupts(chats: SessionManager, handle
     assert chats.process_ended() == EndingReport(processed=2)
 
 
+def test_redis_does_not_remove_by_itself_what_waits(new_url: Callable[[str], str], clock: Clock, handler: Handler) -> None:
+    """Where nobody cleans up for months, sessions that have ended or expired are still there to be processed."""
+    store: Any = open_store(new_url("redis"))
+    chats = chats_on(store, clock, on_end=handler)
+    for chat in chats.create(), chats.create():
+        say(chats, chat, 1)
+    chats.end(chat.id)
+    keys = [key for key in store._client.scan_iter(f"{store._prefix_of_all}*") if b":s:" in key or b":h:" in key]
+    assert len(keys) == 4
+    assert all(store._client.ttl(key) > 9 * 365 * 86400 for key in keys)
+    store.close()
+
+
 # Keys -----------------------------------------------------------------------------------------------------------------
 
 

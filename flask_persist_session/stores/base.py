@@ -95,6 +95,8 @@ class SessionStore(ABC):
     #: Whether ``save`` and ``delete`` are one indivisible step among all processes that use the same store.
     #: Where this is ``False``, two processes that save at the same moment can lose one of the changes.
     atomic: bool = True
+    #: Seconds for which what has expired is there at least, where a store removes records by itself; set before it is used.
+    margin: float = 7 * 86400.0
 
     @abstractmethod
     def get(self, session_id: str) -> SessionRecord | None:

@@ -32,6 +32,14 @@ class MigratingStore(SessionStore):
         self.old = old
         self.atomic = store.atomic and old.atomic
 
+    @property
+    def margin(self) -> float:
+        return self.store.margin
+
+    @margin.setter
+    def margin(self, seconds: float) -> None:
+        self.store.margin = self.old.margin = seconds
+
     def get(self, session_id: str) -> SessionRecord | None:
         record = self.store.get(session_id)
         return self.move(session_id) if record is None else record

@@ -62,8 +62,8 @@ from .base import (
 from .redis_history import PROLONG, REMOVE, SCRIPTS, RedisHistory
 from .redis_upkeep import RedisCheck
 
-#: How much later than ``expires_at`` a key's own time to live ends, in seconds.
-_MARGIN = 7 * 86400
+#: For so many seconds after its expiry a key is there for sure: its own time to live ends a margin later.
+_SURE = SessionStore.margin // 2
 _PAGE = 200
 #: What a server answers, also from within a script, that may be otherwise soon.
 _PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN")
@@ -350,7 +350,8 @@ class RedisStore(SessionStore):
         return f"{self._prefix}:{{{shard}}}:u:{user_id}"
 
     def _save_arguments(self, record: SessionRecord) -> tuple[Any, ...]:
-        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), _lifetime(record)
+        lifetime = _lifetime(record, self.margin)
+        return 1, self._key(record.id), record.version, pack_record(record), _facts(record), lifetime
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         return 1, self._key(session_id), "" if expected is None else expected
@@ -439,7 +440,7 @@ class RedisStore(SessionStore):
             shards = [f"{shard:03x}" for shard in range(first, first + _SHARDS_ADDED_UP_AT_ONCE)]
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
                 for shard in shards:
-                    pipeline.execute_command("EVAL", _STATS.text, 1, self._expiry_key(shard), repr(now), _MARGIN // 2)
+                    pipeline.execute_command("EVAL", _STATS.text, 1, self._expiry_key(shard), repr(now), _SURE)
                 answers = pipeline.execute()
             for shard, sums in zip(shards, answers, strict=True):
                 yield add_up(self._records_of(shard), now) if sums is None else _stats(sums)
@@ -538,7 +539,7 @@ class _Checked:
         return _record([packed, version])
 
     def reindexing(self, record: SessionRecord) -> tuple[Any, ...]:
-        return _facts(record), _lifetime(record)
+        return _facts(record), _lifetime(record, self._store.margin)
 
 
 def _text(key: bytes) -> str:
@@ -817,10 +818,10 @@ def _facts(record: SessionRecord) -> bytes:
     return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
 
 
-def _lifetime(record: SessionRecord) -> int:
+def _lifetime(record: SessionRecord, margin: float) -> int:
     """The time to live of its key in milliseconds."""
     # From the record's own times, so that a clock other than the server's does no harm.
-    return round((max(0.0, record.expires_at - record.accessed_at) + _MARGIN) * 1000)
+    return round((max(0.0, record.expires_at - record.accessed_at) + margin) * 1000)
 
 
 def _stats(sums: list[Any]) -> StoreStats:
