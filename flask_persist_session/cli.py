@@ -20,7 +20,6 @@ from .lifecycle import WEB
 from .records import SessionRecord, State
 
 if TYPE_CHECKING:
-    from .cleanup import CleanupReport
     from .extension import PersistSession
     from .lookup import SessionDetails
     from .manager import SessionManager

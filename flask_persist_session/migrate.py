@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 from .archive import Progress, silent
-from .exceptions import SerializationError, SessionConflict, SessionNotFound, UnsupportedByStore
+from .exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
 from .stores.history import copy_history
