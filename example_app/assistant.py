@@ -5,7 +5,8 @@ can go on in any process, and another assistant can take its place behind the sa
 """
 
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Literal, Protocol, TypedDict
@@ -18,15 +19,36 @@ class Message(TypedDict):
     content: str
 
 
+class AssistantError(Exception):
+    """There is no answer; the text tells the user why, and what to do."""
+
+
 class Assistant(Protocol):
     """Whatever can go on with a dialogue."""
 
-    def reply(self, dialogue: Sequence[Message]) -> str:
-        """Return the next thing to say; for an empty dialogue, the greeting."""
+    name: str
+
+    def answer(self, dialogue: Sequence[Message]) -> Iterator[str]:
+        """Yield the next thing to say, in pieces; for an empty dialogue, the greeting. Raises ``AssistantError``."""
 
 
 class ListingAssistant:
-    """Asks for one fact after the other, then writes the listing."""
+    """Asks for one fact after the other, then writes the listing.
+
+    :param pace: seconds to rest before each word but those of the greeting, so that one sees it being written.
+    """
+
+    name = "listing"
+
+    def __init__(self, pace: float = 0.0) -> None:
+        self._pace = pace
+
+    def answer(self, dialogue: Sequence[Message]) -> Iterator[str]:
+        """Yield what ``reply`` returns, word by word."""
+        for word in WORD.findall(self.reply(dialogue)):
+            if dialogue:
+                time.sleep(self._pace)
+            yield word
 
     def reply(self, dialogue: Sequence[Message]) -> str:
         """Return the next question with what is known so far, or the finished listing."""
@@ -224,6 +246,7 @@ LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 UNKNOWN = {"?", "-", "none", "no", "no idea", "unknown", "i don't know", "don't know", "not sure", "skip", "n/a"}
+WORD = re.compile(r"\s*\S+\s*?")
 YEAR = re.compile(r"\b\d{4}\b")
 FREE = {"free", "for free", "nothing", "a gift"}
 # The last condition refuses "50k" and "1.2.3" rather than take a part of them for the price.
