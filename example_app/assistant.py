@@ -60,6 +60,7 @@ class ListingAssistant:
         for message in dialogue:
             if message["role"] == "assistant":
                 asked = question_in(message["content"])
+                listing = facts_in(message["content"]) or listing
             else:
                 remark = take_in(message["content"], asked, listing)
         return next_line(listing, remark)
@@ -126,6 +127,16 @@ def question_in(content: str) -> Field | None:
     return next((field for field in FIELDS if content.endswith(field.question)), None)
 
 
+def facts_in(content: str) -> Listing:
+    """Return the facts of a finished listing, which may be all that is left of a long dialogue; nothing of other messages."""
+    if not content.startswith(FINISHED_TITLE):
+        return {}
+    item = re.search(r"^I am selling my (.*)\.$", content, re.MULTILINE)
+    details = {name: re.search(rf"^{name.capitalize()}: (.*)$", content, re.MULTILINE) for name in DETAILS}
+    found = {"item": item, **details}
+    return {name: match[1] if match else "" for name, match in found.items()}
+
+
 def next_line(listing: Listing, remark: str) -> str:
     """Ask for the first fact that is missing; with none missing, write the listing."""
     missing = next((field for field in FIELDS if field.name not in listing), None)
@@ -147,7 +158,7 @@ def finished(listing: Listing) -> str:
     details = [f"{name.capitalize()}: {listing[name]}" for name in DETAILS if listing[name]]
     return "\n".join(
         [
-            "Here is your listing:",
+            FINISHED_TITLE,
             "",
             f"For sale: {headline(listing)}",
             "",
@@ -223,6 +234,7 @@ GREETING = (
     "Hello! I help you to write a for-sale listing: five questions, then the text."
     " You can say “back”, “change price to 50” or “start over” at any time."
 )
+FINISHED_TITLE = "Here is your listing:"
 FINISHED = "Your listing is finished. Say “change price to 50” to change it, or “start over” to write another."
 
 FIELDS = (

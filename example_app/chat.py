@@ -1,6 +1,7 @@
 """Conversations: each is a session of its user in the namespace "chat", and its dialogue is the history of that session."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -75,7 +76,9 @@ class Chat:
         with self.sessions.edit(conversation_id) as conversation:
             conversation.metadata["title"] = title
 
-    def say(self, conversation: StoredSession, text: str, form_key: str) -> int:
+    def say(
+        self, conversation: StoredSession, text: str, form_key: str, metadata: Mapping[str, object] | None = None
+    ) -> int:
         """Store the user's turn and start the answer; returns the number of the entry.
 
         The same text of the same form is stored once. Raises ``Busy``, ``SessionNotFound`` once it has ended.
@@ -88,7 +91,8 @@ class Chat:
         key = hashlib.sha256(f"{form_key} {text}".encode()).hexdigest()
         try:
             # Behind a turn that waits for its answer none but that very turn is welcome, of which the key is known.
-            seq = history.append({"role": "user", "content": text}, expected_seq=seq - waiting, idempotency_key=key)
+            turn = {"role": "user", "content": text, "metadata": metadata}
+            seq = history.append(turn, expected_seq=seq - waiting, idempotency_key=key)
         except SessionConflict as error:
             raise Busy("The assistant is still writing. Please wait for its answer.") from error
         self.answers.start(conversation.id)
@@ -103,8 +107,17 @@ def title_of(record: SessionRecord) -> str:
 def set_up_chat(app: Flask, sessions: PersistSession) -> None:
     """Give *app* its chat."""
     with app.app_context():
-        app.extensions[_KEY] = Chat(app, sessions, ListingAssistant(pace=app.config["CHAT_PACE"]))
+        app.extensions[_KEY] = Chat(app, sessions, assistant_for(app))
     app.add_template_filter(title_of, "title_of")
+
+
+def assistant_for(app: Flask) -> Assistant:
+    """The assistant that the settings choose: a language model if there is a key for one."""
+    if not app.config["OPENAI_API_KEY"]:
+        return ListingAssistant(pace=app.config["CHAT_PACE"])
+    from .language_model import LanguageModel  # only those who want it need the library
+
+    return LanguageModel(app.config["OPENAI_API_KEY"], app.config["OPENAI_MODEL"])
 
 
 def current_chat() -> Chat:
