@@ -9,7 +9,7 @@ PORT ?= 5000
 
 demo: $(VENV)/demo.stamp
 	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its sessions stay in instance/sessions.db)"
-	$(BIN)/gunicorn --workers 2 --threads 4 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
+	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not soak"

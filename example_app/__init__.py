@@ -1,25 +1,42 @@
-"""A web chat whose whole dialogue lives in the session."""
+"""A web chat: many conversations per user, answers that stream, all of it in server-side sessions."""
 
 import os
-import secrets
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Semaphore
 
-from flask import Flask, Response, render_template
-from werkzeug.exceptions import HTTPException
+from flask import Flask, Response, jsonify, render_template, request
+from werkzeug.exceptions import HTTPException, NotFound
 
-from flask_persist_session import PersistSession
+from flask_persist_session import PersistSession, SessionNotFound
+from flask_persist_session.web.devices import devices_blueprint
 
-from .views import pages
+from .chat import set_up_chat
+from .forms import TEMPLATE_GLOBALS, wants_json
+from .operator import is_admin, moment, operator
+from .programs import programs
+from .secret_key import lasting_secret_key
+from .streaming import streams
+from .views.conversations import conversations
+from .views.signing import signing
 
-DEFAULTS = {
+DEFAULTS: dict[str, object] = {
     "SESSION_COOKIE_HTTPONLY": True,
     "SESSION_COOKIE_SAMESITE": "Lax",
     "MAX_CONTENT_LENGTH": 64 * 1024,
     "PERSIST_SESSION_USER_KEY": "user_id",
     "PERSIST_SESSION_MAX_PER_USER": 5,
+    "PERSIST_SESSION_TRACK_DEVICES": True,
+    "CHAT_MAX_CONVERSATIONS": 50,
+    "CHAT_PACE": 0.03,
+    "CHAT_STREAMS": 28,
+    "CHAT_ADMINS": [],
+    "CHAT_API_KEYS": {},
+    "OPENAI_API_KEY": "",
+    "OPENAI_MODEL": "gpt-4o-mini",
 }
+OTHERS_SETTINGS = ("OPENAI_API_KEY", "OPENAI_MODEL")
+"""Settings that have no FLASK_ before their names in the environment, because other programs share them."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -35,46 +52,37 @@ def create_app(config: Mapping[str, object] | None = None) -> Flask:
     app = Flask(__name__)
     app.config.from_mapping(DEFAULTS)
     app.config.from_prefixed_env()
+    app.config.from_mapping({name: os.environ[name] for name in OTHERS_SETTINGS if name in os.environ})
     app.config.from_mapping(config)
     if not app.config["SECRET_KEY"]:
         app.config["SECRET_KEY"] = lasting_secret_key(Path(app.instance_path))
-    PersistSession(app)
-    app.register_blueprint(pages)
+    set_up_chat(app, PersistSession(app))
+    app.extensions["chat_streams"] = Semaphore(app.config["CHAT_STREAMS"])
+    app.jinja_env.globals.update(TEMPLATE_GLOBALS, is_admin=is_admin)
+    app.add_template_filter(moment)
+    for blueprint in (signing, conversations, streams, programs, operator):
+        app.register_blueprint(blueprint)
+    app.register_blueprint(devices_blueprint(login_url="/sign-in"))
     app.register_error_handler(HTTPException, show_error)
+    app.register_error_handler(SessionNotFound, show_missing)
     app.after_request(add_security_headers)
     return app
 
 
-def lasting_secret_key(folder: Path) -> str:
-    """Return the secret key kept in ``folder``, made on first use and the same for every process."""
-    path = folder / "secret_key"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        publish_once(path, secrets.token_urlsafe(32))
-    return path.read_text(encoding="ascii")
-
-
-def publish_once(path: Path, text: str) -> None:
-    """Create a private file with its whole text at once, or leave the one that is already there."""
-    descriptor, draft = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
-        # A link never replaces a file, a rename does: of two workers starting at once the second
-        # would then go on with a key that the first has already signed cookies against.
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        os.unlink(draft)
-
-
 def show_error(error: HTTPException) -> Response:
-    """Answer an HTTP error with a page in words, keeping its status and headers (``Retry-After``)."""
-    page = render_template("error.html", error=error)
-    response = Response(page, status=error.code)
+    """Answer an HTTP error in words, as a page or to a script as JSON, keeping its status and headers (``Retry-After``)."""
+    if wants_json() or request.is_json:
+        response = jsonify(problem=error.description or error.name)
+    else:
+        response = Response(render_template("error.html", error=error))
+    response.status_code = error.code or 500
     response.headers.extend((name, value) for name, value in error.get_headers() if name.lower() != "content-type")
     return response
+
+
+def show_missing(error: SessionNotFound) -> Response:
+    """Answer what is not there, is somebody else's or has ended, all alike."""
+    return show_error(NotFound("There is no such conversation, or it has ended."))
 
 
 def add_security_headers(response: Response) -> Response:

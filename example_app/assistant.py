@@ -5,7 +5,8 @@ can go on in any process, and another assistant can take its place behind the sa
 """
 
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Literal, Protocol, TypedDict
@@ -18,15 +19,36 @@ class Message(TypedDict):
     content: str
 
 
+class AssistantError(Exception):
+    """There is no answer; the text tells the user why, and what to do."""
+
+
 class Assistant(Protocol):
     """Whatever can go on with a dialogue."""
 
-    def reply(self, dialogue: Sequence[Message]) -> str:
-        """Return the next thing to say; for an empty dialogue, the greeting."""
+    name: str
+
+    def answer(self, dialogue: Sequence[Message]) -> Iterator[str]:
+        """Yield the next thing to say, in pieces; for an empty dialogue, the greeting. Raises ``AssistantError``."""
 
 
 class ListingAssistant:
-    """Asks for one fact after the other, then writes the listing."""
+    """Asks for one fact after the other, then writes the listing.
+
+    :param pace: seconds to rest before each word but those of the greeting, so that one sees it being written.
+    """
+
+    name = "listing"
+
+    def __init__(self, pace: float = 0.0) -> None:
+        self._pace = pace
+
+    def answer(self, dialogue: Sequence[Message]) -> Iterator[str]:
+        """Yield what ``reply`` returns, word by word."""
+        for word in WORD.findall(self.reply(dialogue)):
+            if dialogue:
+                time.sleep(self._pace)
+            yield word
 
     def reply(self, dialogue: Sequence[Message]) -> str:
         """Return the next question with what is known so far, or the finished listing."""
@@ -38,6 +60,7 @@ class ListingAssistant:
         for message in dialogue:
             if message["role"] == "assistant":
                 asked = question_in(message["content"])
+                listing = facts_in(message["content"]) or listing
             else:
                 remark = take_in(message["content"], asked, listing)
         return next_line(listing, remark)
@@ -104,6 +127,16 @@ def question_in(content: str) -> Field | None:
     return next((field for field in FIELDS if content.endswith(field.question)), None)
 
 
+def facts_in(content: str) -> Listing:
+    """Return the facts of a finished listing, which may be all that is left of a long dialogue; nothing of other messages."""
+    if not content.startswith(FINISHED_TITLE):
+        return {}
+    item = re.search(r"^I am selling my (.*)\.$", content, re.MULTILINE)
+    details = {name: re.search(rf"^{name.capitalize()}: (.*)$", content, re.MULTILINE) for name in DETAILS}
+    found = {"item": item, **details}
+    return {name: match[1] if match else "" for name, match in found.items()}
+
+
 def next_line(listing: Listing, remark: str) -> str:
     """Ask for the first fact that is missing; with none missing, write the listing."""
     missing = next((field for field in FIELDS if field.name not in listing), None)
@@ -125,7 +158,7 @@ def finished(listing: Listing) -> str:
     details = [f"{name.capitalize()}: {listing[name]}" for name in DETAILS if listing[name]]
     return "\n".join(
         [
-            "Here is your listing:",
+            FINISHED_TITLE,
             "",
             f"For sale: {headline(listing)}",
             "",
@@ -201,6 +234,7 @@ GREETING = (
     "Hello! I help you to write a for-sale listing: five questions, then the text."
     " You can say “back”, “change price to 50” or “start over” at any time."
 )
+FINISHED_TITLE = "Here is your listing:"
 FINISHED = "Your listing is finished. Say “change price to 50” to change it, or “start over” to write another."
 
 FIELDS = (
@@ -224,6 +258,7 @@ LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 UNKNOWN = {"?", "-", "none", "no", "no idea", "unknown", "i don't know", "don't know", "not sure", "skip", "n/a"}
+WORD = re.compile(r"\s*\S+\s*?")
 YEAR = re.compile(r"\b\d{4}\b")
 FREE = {"free", "for free", "nothing", "a gift"}
 # The last condition refuses "50k" and "1.2.3" rather than take a part of them for the price.

@@ -1,46 +1,179 @@
 "use strict";
 
-// Sends a message without reloading the page, so that the dialogue does not flicker and a screen reader hears what is
-// new. Everything works without it: the server answers the same form with the same page.
+// Shows what happens in the conversation as it happens, and sends messages without reloading the page. Everything works
+// without it: the server answers the same forms with whole pages.
 
-const form = document.getElementById("composer");
-const field = document.getElementById("message");
-const problem = document.getElementById("message-problem");
-const dialogue = document.getElementById("dialogue");
-const button = form.querySelector("button");
+const element = (id) => document.getElementById(id);
+const composer = element("composer");
+const field = element("message");
+const dialogue = element("dialogue");
+const send = composer.querySelector("button");
 
-async function send() {
-  const response = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)) });
-  const page = new DOMParser().parseFromString(await response.text(), "text/html");
-  if (!page.getElementById("dialogue")) {
-    location.assign(new URL(".", form.action)); // signed out meanwhile, or an error: the server says which
-    return;
-  }
-  takeOver(page);
+let last = Number(composer.dataset.after || 0);
+let source = null;
+let writing = element("status").textContent !== "";
+let sending = false;
+
+// The dialogue -------------------------------------------------------------------------------------------------------
+
+function bubble(role) {
+  const item = document.createElement("li");
+  const who = document.createElement("span");
+  item.className = role;
+  who.className = "unseen";
+  who.textContent = role === "user" ? "You:" : "Assistant:";
+  item.append(who, " ", document.createElement("p"));
+  return item;
 }
 
-function takeOver(page) {
-  const messages = [...page.getElementById("dialogue").children];
-  if (messages.length <= dialogue.children.length) dialogue.replaceChildren(...messages);
-  else dialogue.append(...messages.slice(dialogue.children.length));
-  field.value = page.getElementById("message").value;
-  complain(page.getElementById("message-problem").textContent);
+function pending() {
+  return dialogue.querySelector(".pending");
+}
+
+function addEntry({ seq, role, content }) {
+  if (seq <= last) return;
+  last = seq;
+  const item = (role === "assistant" && pending()) || bubble(role);
+  item.classList.remove("pending");
+  item.id = `entry-${seq}`;
+  item.dataset.seq = seq;
+  item.querySelector("p").textContent = content;
+  dialogue.append(item);
+  fail("");
+  setWriting(role === "user");
+}
+
+function addPiece({ to, start, text }) {
+  if (to !== last) return;
+  let item = pending();
+  if (!item) {
+    item = bubble("assistant");
+    item.classList.add("pending");
+    dialogue.append(item);
+  }
+  const words = item.querySelector("p");
+  words.textContent = words.textContent.slice(0, start) + text;
+  setWriting(true);
+}
+
+function setWriting(now) {
+  writing = now;
+  element("status").textContent = now ? "The assistant is writing…" : "";
+  // A screen reader reads an answer once, when it is complete, and not again with each word.
+  dialogue.setAttribute("aria-busy", String(now));
+  send.disabled = now || sending;
+  if (!now) pending()?.remove();
+}
+
+function fail(words) {
+  element("failure-words").textContent = words;
+  element("failure").hidden = words === "";
+  if (words) setWriting(false);
 }
 
 function complain(words) {
-  problem.textContent = words;
+  element("message-problem").textContent = words;
   field.setAttribute("aria-invalid", String(words !== ""));
 }
 
-form.addEventListener("submit", async (event) => {
+function farewell(words, label) {
+  source?.close();
+  source = null;
+  setWriting(false);
+  element("farewell-words").textContent = words;
+  element("farewell-link").textContent = label;
+  element("farewell").hidden = false;
+  composer.hidden = true;
+}
+
+function rename({ title }) {
+  element("title").textContent = title;
+  document.title = `${title} · ${document.title.split(" · ").pop()}`;
+  const here = element("here");
+  if (here) here.textContent = title;
+}
+
+// What the server tells ----------------------------------------------------------------------------------------------
+
+function listen() {
+  source?.close();
+  // Each time from behind what the page has; the browser itself does so where the connection is lost.
+  source = new EventSource(`${composer.dataset.events}?after=${last}`);
+  const on = (kind, handler) => source.addEventListener(kind, (message) => handler(JSON.parse(message.data)));
+  on("entry", addEntry);
+  on("piece", addPiece);
+  on("title", rename);
+  on("problem", ({ to, words }) => to === last && (words ? fail(words) : element("failure").hidden || fail("")));
+  on("signed-out", ({ words }) => farewell(words, "Sign in"));
+  on("ended", ({ words }) => farewell(words, "Go on"));
+  source.addEventListener("error", () => {
+    // The browser comes back by itself, unless the answer was no stream, such as that of a server which is starting.
+    if (source?.readyState === EventSource.CLOSED) setTimeout(() => source && listen(), 2000);
+  });
+}
+
+// What the user does -------------------------------------------------------------------------------------------------
+
+async function post(form) {
+  const body = new URLSearchParams(new FormData(form));
+  const response = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+  const answer = await response.json();
+  if (response.status === 401) farewell(answer.problem, "Sign in");
+  return { ok: response.ok, answer };
+}
+
+async function say() {
+  const { ok, answer } = await post(composer);
+  if (!ok) {
+    complain(answer.problem);
+    return;
+  }
+  complain("");
+  field.value = "";
+  composer.elements.key.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  fail("");
+  // Behind what the page has there may be more, from another tab: then the stream tells all of it, in its order.
+  if (answer.seq === last + 1) addEntry(answer);
+  listen();
+}
+
+composer.addEventListener("submit", async (event) => {
+  if (!composer.dataset.events) return; // an earlier part of the dialogue: the form leads to the latest one
   event.preventDefault();
-  if (button.disabled) return;
-  button.disabled = true;
+  if (sending || writing) return;
+  sending = send.disabled = true;
   try {
-    await send();
+    await say();
   } catch {
     complain("The server cannot be reached. Please try again.");
   }
-  button.disabled = false;
+  sending = false;
+  send.disabled = writing;
   field.focus();
 });
+
+field.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  composer.requestSubmit();
+});
+
+element("again").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    const { ok } = await post(event.target);
+    if (!ok) return;
+    fail("");
+    setWriting(true);
+    listen();
+  } catch {
+    element("failure-words").textContent = "The server cannot be reached. Please try again.";
+  }
+  field.focus();
+});
+
+if (composer.dataset.events) listen();
+setWriting(writing);
+// What the browser keeps of a page that one comes back to is out of date.
+addEventListener("pageshow", (event) => event.persisted && location.reload());
+addEventListener("pagehide", () => source?.close());
