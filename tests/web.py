@@ -132,6 +132,11 @@ class Gunicorn:
         for browser in self._browsers:
             browser.close()
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._port
+
     def browser(self, cookies: Mapping[str, str] | None = None) -> Browser:
         """A browser, closed with the server."""
         self._browsers.append(Browser(self._port, cookies))
