@@ -30,6 +30,7 @@ DEFAULTS: dict[str, object] = {
     "CHAT_MAX_CONVERSATIONS": 50,
     "CHAT_PACE": 0.03,
     "CHAT_STREAMS": 28,
+    "CHAT_STALE": 8.0,
     "CHAT_ADMINS": [],
     "CHAT_API_KEYS": {},
     "OPENAI_API_KEY": "",

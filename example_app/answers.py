@@ -2,9 +2,9 @@
 
 A turn of the user that is the last entry of a history waits for its answer. Whoever answers it claims it first, in the
 data of the session under the version that was seen, so two never begin on the same; while it is written, what there is so
-far is noted there, at growing intervals. A claim that was not noted anew for ``STALE`` seconds is that of a process which
-is no more: the next request begins the answer anew. The whole answer is appended as the entry that follows the turn or not
-at all, so it can neither be there twice nor come too late.
+far is noted there, at growing intervals. A claim that was not noted anew for a while (``CHAT_STALE``) is that of a process
+which is no more: the next request begins the answer anew. The whole answer is appended as the entry that follows the turn
+or not at all, so it can neither be there twice nor come too late.
 
 The pieces are in the session and not in the history, because a history keeps what it was given: a piece per entry would
 stay for ever. And as a session is saved as a whole, the intervals grow with the answer, so that the cost stays bounded.
@@ -26,8 +26,6 @@ from .pauses import with_pauses
 log = logging.getLogger(__name__)
 
 CONTEXT = 20
-STALE = 8.0
-BEAT = 2.0
 FIRST_NOTE = 0.15
 NOTE_GROWTH = 1.15
 AT_ONCE = 32
@@ -72,11 +70,16 @@ def problem_of(conversation: StoredSession, seq: int) -> str:
 
 
 class Answers:
-    """Answers what users say, at most ``AT_ONCE`` at a time in this process."""
+    """Answers what users say, at most ``AT_ONCE`` at a time in this process.
 
-    def __init__(self, sessions: SessionManager, assistant: Assistant) -> None:
+    :param stale: seconds after which an answer of which nothing was noted is begun anew; something is, four times as often.
+    """
+
+    def __init__(self, sessions: SessionManager, assistant: Assistant, stale: float) -> None:
         self._sessions = sessions
         self._assistant = assistant
+        self._stale = stale
+        self._beat = stale / 4
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="answer")
         self._queued: set[str] = set()
         self._lock = threading.Lock()
@@ -98,7 +101,7 @@ class Answers:
     def is_due(self, conversation: StoredSession, seq: int) -> bool:
         """Whether nobody answers the entry of that number, and it should be."""
         noted = under_way(conversation, seq)
-        return "problem" not in noted and noted.get("at", 0) + STALE < self._sessions.clock()
+        return "problem" not in noted and noted.get("at", 0) + self._stale < self._sessions.clock()
 
     def try_again(self, conversation_id: str) -> None:
         """Forget that the last answer failed, and start it."""
@@ -109,16 +112,23 @@ class Answers:
 
     def wait(self, conversation_id: str, seq: int, seconds: float) -> Outcome:
         """Wait for the answer to the entry of that number. Raises ``SessionNotFound`` once the conversation has ended."""
-        history, until, pause = self._sessions.history(conversation_id), time.monotonic() + seconds, 0.01
+        until, pause = time.monotonic() + seconds, 0.01
         while True:
-            if entries := history.after(seq, limit=1):
-                return Outcome(answer=entries[0].content)
-            if problem := problem_of(self._sessions.existing(conversation_id), seq):
-                return Outcome(problem=problem)
-            if time.monotonic() > until:
-                return Outcome()
+            outcome = self.outcome(conversation_id, seq)
+            if outcome != Outcome() or time.monotonic() > until:
+                return outcome
             time.sleep(pause)
             pause = min(pause * 1.5, 0.5)
+
+    def outcome(self, conversation_id: str, seq: int) -> Outcome:
+        """What has become of the entry of that number until now. Raises ``SessionNotFound`` as ``wait`` does."""
+        conversation = self._sessions.existing(conversation_id)
+        if problem := problem_of(conversation, seq):
+            return Outcome(problem=problem)
+        if under_way(conversation, seq) and not self.is_due(conversation, seq):
+            return Outcome()  # the answer may be there, but not yet the figures of it
+        entries = self._sessions.history(conversation_id).after(seq, limit=1)
+        return Outcome(answer=str(entries[0].content)) if entries else Outcome()
 
     def write(self, conversation_id: str) -> None:
         """Answer what waits for an answer there, unless somebody does."""
@@ -155,11 +165,11 @@ class Answers:
 
     def _generate(self, turn: Turn) -> str:
         text, noted, pause = "", time.monotonic(), FIRST_NOTE
-        for piece in with_pauses(self._assistant.answer(self._context(turn)), BEAT):
+        for piece in with_pauses(self._assistant.answer(self._context(turn)), self._beat):
             text += piece
             if time.monotonic() - noted >= pause or not piece:
                 self._note(turn, text)
-                noted, pause = time.monotonic(), min(pause * NOTE_GROWTH, BEAT)
+                noted, pause = time.monotonic(), min(pause * NOTE_GROWTH, self._beat)
         if not text.strip():
             raise AssistantError("The assistant had nothing to say. Please try again.")
         return text
@@ -202,6 +212,7 @@ class Answers:
     def _count(self, turn: Turn, conversation: StoredSession) -> None:
         """Keep the figures where lists can show them, and what was said where only its owner can read it."""
         metadata = conversation.metadata
+        metadata.setdefault("error_count", 0)
         metadata["agent"] = self._assistant.name
         metadata["query_count"] = _number(metadata.get("query_count")) + 1
         metadata["execution_time"] = round(self._sessions.clock() - turn.began, 3)

@@ -128,7 +128,7 @@ def question_in(content: str) -> Field | None:
 
 
 def facts_in(content: str) -> Listing:
-    """Return the facts of a finished listing, which may be all that is left of a long dialogue; nothing of other messages."""
+    """Return the facts of a finished listing, which may be all that is left of a long dialogue; none of others."""
     if not content.startswith(FINISHED_TITLE):
         return {}
     item = re.search(r"^I am selling my (.*)\.$", content, re.MULTILINE)

@@ -37,7 +37,7 @@ class Chat:
         # What is to happen when a conversation ends, such as a summary of it, is the place for on_end=.
         self.sessions = sessions.namespace("chat", app=app, max_per_user=app.config["CHAT_MAX_CONVERSATIONS"])
         self.assistant = assistant
-        self.answers = Answers(self.sessions, assistant)
+        self.answers = Answers(self.sessions, assistant, app.config["CHAT_STALE"])
 
     def begin(self, user_id: str, form_key: str) -> StoredSession:
         """Begin a conversation with the assistant's greeting; the same form sent twice begins one."""

@@ -132,7 +132,8 @@ def show_invalid(error: ValidationError) -> Response:
     """Tell what is wrong with the body, and where."""
     # Without what was given, which may be long, and the library's own addresses.
     details = error.errors(include_url=False, include_input=False, include_context=False)
-    return _problem(422, "The body is not as it should be.", details=details)
+    status = 400 if details[0]["type"] == "json_invalid" else 422
+    return _problem(status, "The body is not as it should be.", details=details)
 
 
 @programs.errorhandler(SessionNotFound)

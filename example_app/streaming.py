@@ -13,7 +13,7 @@ from threading import Semaphore
 from flask import Blueprint, Flask, Response, current_app, request, session
 from flask.typing import ResponseReturnValue
 
-from flask_persist_session import StoredSession
+from flask_persist_session import SessionNotFound, StoredSession
 
 from .answers import under_way
 from .chat import Chat, current_chat, title_of
@@ -28,6 +28,7 @@ SIGN_IN_EVERY = 1.5
 LIFE = 300.0
 SILENCE = 10.0
 BATCH = 100
+ENDED = "There is no such conversation, or it has ended."
 
 streams = Blueprint("streaming", __name__)
 streams.after_request(keep_private)
@@ -46,7 +47,10 @@ def events(conversation_id: str) -> ResponseReturnValue:
         words = why_signed_out(end_reason()) or "You are not signed in here any more."
         return as_stream(iter([event("signed-out", words=words)]))
     chat = current_chat()
-    conversation = chat.of(session["user_id"], conversation_id)
+    try:
+        conversation = chat.of(session["user_id"], conversation_id)
+    except SessionNotFound:  # told as an event, because a browser does not show a script why there is no stream
+        return as_stream(iter([event("ended", words=ENDED)]))
     # The header is newer: it is what the browser got by the stream that began at this address.
     after = request.headers.get("Last-Event-ID") or request.args.get("after", "")
     seq = min(int(after), 2**53) if after.isascii() and after.isdigit() else 0
@@ -135,7 +139,7 @@ class Stream:
         conversation = self._chat.sessions.load(self._conversation_id)
         if conversation is None or conversation.state != "active":
             self._over = True
-            yield event("ended", words="This conversation has ended.")
+            yield event("ended", words=ENDED)
             return
         if conversation.version != self._version or time.monotonic() - self._history_read > HISTORY_EVERY:
             self._version, self._history_read = conversation.version, time.monotonic()
