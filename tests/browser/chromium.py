@@ -9,14 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+#: Playwright's own program needs the second one, which a small system may lack.
+PACKAGES = ("chromium", "libatomic1")
 HOW = (
     "Get one with “.venv/bin/playwright install --with-deps chromium”, or with the package chromium of the system"
-    " (“apt-get install chromium”), and run the tests again."
+    f" (“apt-get install {' '.join(PACKAGES)}”), and run the tests again."
 )
 #: No name leads out of this machine, whatever a page asks for and the browser itself would like to know.
 ARGUMENTS = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-sync", "--no-first-run")
@@ -26,8 +29,21 @@ class NoChromium(Exception):
     """There is none here that starts; the text tells what was tried, and what to do."""
 
 
+@contextmanager
+def running() -> Iterator[Browser]:
+    """A running Chromium: Playwright's own, or the first one on ``PATH`` that starts. Raises ``NoChromium``."""
+    # Asked in a process of its own, because here it would end in an error that says nothing.
+    asked = subprocess.run([sys.executable, "-m", "playwright", "--version"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise NoChromium(f"Playwright itself does not start: {asked.stderr.strip()}\n{HOW}")
+    with sync_playwright() as playwright:
+        browser = start(playwright)
+        yield browser
+        browser.close()
+
+
 def start(playwright: Playwright) -> Browser:
-    """Start Playwright's Chromium, or the first one on ``PATH`` that starts. Raises ``NoChromium``."""
+    """Start the first Chromium that starts. Raises ``NoChromium``."""
     tried = []
     for program in (None, *filter(None, map(shutil.which, PROGRAMS))):
         try:
@@ -39,7 +55,7 @@ def start(playwright: Playwright) -> Browser:
 
 def version() -> str:
     """The version of the Chromium that the tests get. Raises ``NoChromium``."""
-    with sync_playwright() as playwright, start(playwright) as browser:
+    with running() as browser:
         return browser.version
 
 
@@ -53,8 +69,8 @@ def install_package() -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         print("The system's package is not installed from here: that takes apt-get and root.", flush=True)
         return
-    run("apt-get", "update", "--quiet=2")
-    run("apt-get", "install", "--quiet=2", "--yes", "--no-install-recommends", "chromium")
+    run("apt-get", "update", "-qq")
+    run("apt-get", "install", "-qq", "--yes", "--no-install-recommends", *PACKAGES)
 
 
 def run(*command: str) -> None:

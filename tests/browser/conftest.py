@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
-import example_app
-from tests.browser.chromium import NoChromium, start
+from tests.browser.chromium import NoChromium, running
 from tests.browser.people import Devices
+from tests.chatting import copy_of_example
 from tests.servers import DEADLINE
 from tests.web import Gunicorn
 
@@ -22,24 +21,19 @@ expect.set_options(timeout=DEADLINE * 1000)
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     """The browser; each device of each test has a context of its own in it."""
-    with sync_playwright() as playwright:
-        try:
-            browser = start(playwright)
-        except NoChromium as problem:
-            # What CI does not run, nobody runs.
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(problem))
-        yield browser
-        browser.close()
+    try:
+        with running() as browser:
+            yield browser
+    except NoChromium as problem:
+        # What CI does not run, nobody runs.
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(problem))
 
 
 def serve(folder: Path, pace: str) -> Iterator[Gunicorn]:
-    """Serve a copy of the example, so that its instance folder is the tests' own."""
-    shutil.copytree(Path(example_app.__file__).parent, folder / "example_app", ignore=shutil.ignore_patterns("__pycache__"))
-    server = Gunicorn(
+    """Serve the example as its README says, to users of two devices at most."""
+    server = copy_of_example(
         folder,
-        "example_app:create_app()",
         *("--workers", "2", "--threads", "12"),
-        OPENAI_API_KEY="",
         FLASK_PERSIST_SESSION_MAX_PER_USER="2",
         FLASK_CHAT_ADMINS="Olga",
         FLASK_CHAT_PACE=pace,
@@ -55,7 +49,7 @@ def serve(folder: Path, pace: str) -> Iterator[Gunicorn]:
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
-    """The example with quick answers, for all tests: each has users of its own, of two devices at most."""
+    """The example with quick answers, for all tests, of which each has users of its own."""
     yield from serve(tmp_path_factory.mktemp("chat"), pace="0.02")
 
 

@@ -95,3 +95,12 @@ def answers(page: Page) -> Locator:
 def growing(page: Page) -> Locator:
     """The answer that is being written."""
     return page.locator("li.assistant.pending p")
+
+
+def mark(page: Page) -> None:
+    """Leave a mark that a reload would wipe out."""
+    page.evaluate("window.marked = true")
+
+
+def is_marked(page: Page) -> bool:
+    return bool(page.evaluate("window.marked === true"))

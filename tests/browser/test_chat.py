@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.browser.people import Devices, answers, begin, dialogue, growing, say, sign_in
+from tests.browser.people import Devices, answers, begin, dialogue, growing, is_marked, mark, say, sign_in
 
 HELLO = re.compile("What would you like to sell\\?$")
 BRAND = "So far: bicycle. Which brand is it?"
@@ -197,12 +197,3 @@ def test_a_dialogue_on_another_device(devices: Devices) -> None:
     other = devices.new()
     sign_in(other, "Hedy")
     expect(dialogue(other)).to_have_text([HELLO, "a bicycle", BRAND])
-
-
-def mark(page: Page) -> None:
-    """Leave a mark that a reload would wipe out."""
-    page.evaluate("window.marked = true")
-
-
-def is_marked(page: Page) -> bool:
-    return bool(page.evaluate("window.marked === true"))
