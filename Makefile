@@ -5,14 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
 
-.PHONY: demo test lint soak bench clean
+.PHONY: demo test browser lint soak bench clean
 
 demo: $(VENV)/demo.stamp
 	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its conversations stay in instance/sessions.db)"
 	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
-test: $(VENV)/test.stamp
+test: browser
 	$(BIN)/python -m pytest -m "not soak"
+
+# Finds a Chromium for the tests, or gets one; where that cannot be done, it says how, and fails only in CI.
+browser: $(VENV)/test.stamp
+	@$(BIN)/python -m tests.browser.chromium
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m soak
