@@ -14,7 +14,7 @@ from .exceptions import UnsupportedByStore
 from .history import History
 from .lifecycle import WEB
 from .lookup import SessionDetails
-from .records import SessionQuery, SessionRecord, State, StoreStats
+from .records import Position, SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
 from .transaction import Transacting
 
@@ -83,7 +83,7 @@ class SessionManager(Adopting, Revoking, Transacting):
         text: str | None = None,
         has_history: bool | None = None,
         order_by: str | None = None,
-        after: SessionRecord | None = None,
+        after: SessionRecord | Position | None = None,
         limit: int | None = None,
         offset: int = 0,
     ) -> Iterator[SessionRecord]:
@@ -91,7 +91,7 @@ class SessionManager(Adopting, Revoking, Transacting):
 
         The conditions are those of ``SessionQuery``; *state* is judged now, and *active* says whether it is ``"active"``.
         *has_history*: whether anything was appended; that costs a look at each. *after* is the last record of the page
-        before: the next ones in the order are found at the cost of the first.
+        before, or its position: the next ones in the order are found at the cost of the first.
 
         Raises ``ValueError`` for an order that is none, and *after* without one; ``UnsupportedByStore`` where the store
         cannot list, or has no history, ``StoreError``.
@@ -121,7 +121,8 @@ class SessionManager(Adopting, Revoking, Transacting):
             limit=None if judged_here else limit,
             offset=0 if judged_here else offset,
         )
-        found = self.store.find(query if after is None else replace(query, after=query.position(after)))
+        position = query.position(after) if isinstance(after, SessionRecord) else after
+        found = self.store.find(query if position is None else replace(query, after=position))
         if not judged_here:
             return found
         matching = (record for record in found if self._matches(record, active, has_history))
