@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from .cleanup import batches
 from .creating import Creating
 from .exceptions import SerializationError, SessionConflict
-from .lifecycle import Metadata, Retry, check_reason, labels, missing
+from .lifecycle import Metadata, Retry, check_reason, labels, missing, other_version
 from .records import Change, SessionQuery, SessionRecord
 from .stored import Redescribed, StoredSession
 
@@ -31,7 +31,7 @@ class Editing(Creating):
         """
         session = self.existing(session_id)
         if expected_version not in (None, session.version):
-            raise _other_version(session_id, expected_version, session.version)
+            raise other_version(session_id, expected_version, session.version)
         yield session
         if expected_version is not None:
             self._save_unmerged(session)
@@ -46,7 +46,7 @@ class Editing(Creating):
             self.store.save(changed, expected=session.version)
         except SessionConflict:
             now = self.existing(session.id)
-            raise _other_version(session.id, session.version, now.version) from None
+            raise other_version(session.id, session.version, now.version) from None
         session.replace_record(changed)
         self._announcer.saved(changed)
 
@@ -162,7 +162,3 @@ class Editing(Creating):
         if self._end(session_id, reason):
             return "ended"
         return "missing" if self.load(session_id) is None else "had ended"
-
-
-def _other_version(session_id: str, expected: int | None, found: int) -> SessionConflict:
-    return SessionConflict(f"session {session_id}: expected version {expected}, but it is version {found} now")

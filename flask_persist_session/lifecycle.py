@@ -432,23 +432,28 @@ class Lifecycle:
     def _close(self, record: SessionRecord, reason: str, *, forget: bool = False) -> None:
         self._save_own(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, expected_version: int | None = None) -> bool:
         """Remove the session with all that it has; say whether it was there and had not ended.
 
         Only its id, its user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
-        that cannot be read is removed without a trace. Raises ``StoreError``.
+        that cannot be read is removed without a trace, unless an *expected_version* is given: then the session is removed
+        if it has just that version. Raises ``SessionConflict`` if it has another, ``StoreError``.
         """
         retry = Retry(session_id, "deleted")
         while True:
             try:
                 record = self.store.get(session_id)
             except SerializationError:
+                if expected_version is not None:
+                    raise
                 deleted = self.store.delete(session_id)
                 if deleted:
                     self._announcer.deleted(session_id, None)
                 return deleted
             if record is None or record.ended_at is not None:
                 return False
+            if expected_version not in (None, record.version):
+                raise other_version(session_id, expected_version, record.version)
             with suppress(SessionConflict):
                 self._delete_version(record, "deleted")
                 return True
@@ -465,6 +470,11 @@ def missing(session_id: str, closed: StoredSession | None) -> SessionNotFound:
     """The error for a session that is not active: *closed*, or none."""
     why = f"it has ended ({closed.end_reason})" if closed else "it never existed, or was removed since"
     return SessionNotFound(f"no active session {session_id}: {why}", missing=closed is None)
+
+
+def other_version(session_id: str, expected: int | None, found: int) -> SessionConflict:
+    """The error for a session that has another version than it should."""
+    return SessionConflict(f"session {session_id}: expected version {expected}, but it is version {found} now")
 
 
 def labels(tags: Iterable[str]) -> frozenset[str]:

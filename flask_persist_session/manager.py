@@ -18,7 +18,7 @@ from .lifecycle import WEB
 from .lifetime import is_processed
 from .lookup import SessionDetails
 from .record_lines import LATEST
-from .records import LogEntry, SessionQuery, SessionRecord, State, StoreStats
+from .records import LogEntry, Position, SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
 from .stores.base import SessionStore
 from .stores.history import HistoryLog
@@ -98,7 +98,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         has_history: bool | None = None,
         processed: bool | None = None,
         order_by: str | None = None,
-        after: SessionRecord | None = None,
+        after: SessionRecord | Position | None = None,
         limit: int | None = None,
         offset: int = 0,
     ) -> Iterator[SessionRecord]:
@@ -107,7 +107,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         The conditions are those of ``SessionQuery``; *state* is judged now, and *active* says whether it is ``"active"``.
         *has_history*: whether anything was appended; that costs a look at each. *processed*: whether ``on_end`` has had the
         session; ``False`` are those that it is to have, once they have ended. *after* is the last record of the page
-        before: the next ones in the order are found at the cost of the first.
+        before, or its position: the next ones in the order are found at the cost of the first.
 
         Raises ``ValueError`` for an order that is none, and *after* without one; ``UnsupportedByStore`` where the store
         cannot list, or has no history, ``StoreError``.
@@ -137,7 +137,8 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             limit=None if judged_here else limit,
             offset=0 if judged_here else offset,
         )
-        found = self.store.find(query if after is None else replace(query, after=query.position(after)))
+        position = query.position(after) if isinstance(after, SessionRecord) else after
+        found = self.store.find(query if position is None else replace(query, after=position))
         if not judged_here:
             return found
         matching = (record for record in found if self._matches(record, active, has_history, processed))
