@@ -29,6 +29,7 @@ from .frames import (
     lock,
     read_range,
     record_in,
+    remove_if_there,
     sync_directory,
     unlock,
     write_at,
@@ -223,8 +224,7 @@ def remove_history(path: str) -> None:
     """Remove the history of the session with the file *path*; the caller holds its lock."""
     # In this order, so that a history is never met with the turns of an earlier one.
     for suffix in (TURNS, HISTORY):
-        with suppress(FileNotFoundError):
-            os.unlink(path.removesuffix(_SESSION) + suffix)
+        remove_if_there(path.removesuffix(_SESSION) + suffix)
 
 
 # The files ------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from .frames import (
     lock,
     marker_of,
     name_of_user,
+    remove_if_there,
     rewrite,
     sync_directory,
     unlock,
@@ -258,8 +259,7 @@ def remove(path: str, last: Frame | None, *, sync: bool) -> None:
     # First, so that a crash leaves no history without a session, which another one of that id would inherit.
     remove_history(path)
     os.unlink(path)
-    with suppress(FileNotFoundError):
-        os.unlink(f"{path}.tmp")  # of a rewrite that was stopped
+    remove_if_there(f"{path}.tmp")  # of a rewrite that was stopped
     with suppress(SerializationError):  # then whose it was cannot be known any more
         if last is not None and last.record:
             unindex(path, unpack_user(last.record))
@@ -270,7 +270,7 @@ def remove(path: str, last: Frame | None, *, sync: bool) -> None:
 def unindex(path: str, user_id: str | None) -> None:
     """Remove the entry of the session with the file *path* from the index of its user."""
     if user_id is not None:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         with suppress(FileNotFoundError):
             os.unlink(f"{folder}/users/{name_of_user(user_id)}/{name.removesuffix(SUFFIX)}")
 
