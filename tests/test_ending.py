@@ -31,6 +31,7 @@ from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import pause_after
 from flask_persist_session.sweeper import Sweeper
 from tests.conftest import Clock
+from tests.counting import CountingStore
 from tests.servers import wait_until
 from tests.web import PROCESSES
 
@@ -438,6 +439,17 @@ def test_redis_does_not_remove_by_itself_what_waits(new_url: Callable[[str], str
     assert len(keys) == 4
     assert all(store._client.ttl(key) > 9 * 365 * 86400 for key in keys)
     store.close()
+
+
+def test_handing_over_costs_two_saves(clock: Clock, handler: Handler) -> None:
+    """One listing for all, and for each session one save to take it and one to keep its summary; none is read again."""
+    store = CountingStore(open_store("memory://"))
+    chats = SessionManager(store, namespace="chat", keep_data=True, clock=clock, on_end=handler)
+    for _ in range(10):
+        chats.end(chats.create().id)
+    store.operations.clear()
+    assert chats.process_ended().processed == 10
+    assert store.operations == {"find": 1, "save": 20}
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
