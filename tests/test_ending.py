@@ -503,6 +503,30 @@ def test_a_key_used_anew_while_the_handler_runs(store: SessionStore, clock: Cloc
     assert chats.look_up(got[1]).metadata["summary"] == "a summary"
 
 
+@pytest.mark.parametrize("read", [lambda history: history.latest(), list, lambda history: history.count()])
+def test_a_handler_never_reads_another_dialogue(
+    store: SessionStore, clock: Clock, handler: Handler, read: Callable[[Any], object]
+) -> None:
+    """Where its session's key is used anew while it runs, the history of the session that it was given is there no more."""
+    got: list[list[str]] = []
+
+    def reading(session: StoredSession) -> None:
+        if not got:
+            got.append([])
+            say(chats, chats.resume_or_create(key="k"), 5)
+        read(chats.history(session))
+        got.append([entry.content for entry in chats.history(session)])
+
+    chats = chats_on(store, clock, on_end=reading)
+    first = chats.resume_or_create(key="k")
+    say(chats, first, 2)
+    chats.end(first.id)
+    assert chats.process_ended() == EndingReport(failed=1)
+    clock.advance(100)
+    assert chats.process_ended() == EndingReport(processed=1)
+    assert got == [[], ["line 0", "line 1"]]
+
+
 def test_what_a_crash_left_of_a_copy_gives_way(chats: SessionManager, handler: Handler, clock: Clock) -> None:
     """A copy without its history, even one that was processed, is no reason to hand the whole over to nobody."""
     first = chats.resume_or_create(key="k", user_id="ada", data={"step": 1})
