@@ -15,7 +15,7 @@ from . import archive as backup_archive
 from . import monthly_archive
 from .archive import ArchiveWriter, Manifest, Progress, silent
 from .backup_files import drafting, is_archive_name, opened, rotate
-from .creating import OVERWRITTEN
+from .creating import OVERWRITTEN, RESTORING
 from .exceptions import BackupError, SerializationError, SessionConflict, SessionNotFound, UnsupportedByStore
 from .lifecycle import WEB
 from .manager import SessionManager
@@ -39,9 +39,7 @@ _GAP = 0.012
 _STEP = 1000
 _ATTEMPTS = 50
 _REASONS = 10
-#: The end reason of what stands for a session whose history is being restored, and seconds after which it is removed if
-#: nobody goes on with that.
-_RESTORING = "restoring"
+#: Seconds after which what stands for a session is removed if nobody goes on with restoring its history.
 _PATIENCE = 86400.0
 
 
@@ -424,7 +422,7 @@ class _Restore:
         raise SessionConflict(f"it was changed by others {_ATTEMPTS} times meanwhile")
 
     def _fate(self, manager: SessionManager, record: SessionRecord, live: SessionRecord | None) -> str:
-        if live is None or live.end_reason == _RESTORING:
+        if live is None or live.end_reason == RESTORING:
             return "restored"
         if live.end_reason == OVERWRITTEN:
             return "overwritten"  # by a restore that was stopped in the middle
@@ -483,7 +481,7 @@ def _is_same(record: SessionRecord, live: SessionRecord) -> bool:
 
 def _draft(record: SessionRecord, now: float) -> SessionRecord:
     """What stands for *record* until its history is complete: ended, so that nobody appends, and without data."""
-    return replace(record, data=b"", ended_at=now, end_reason=_RESTORING, expires_at=now + _PATIENCE, version=1)
+    return replace(record, data=b"", ended_at=now, end_reason=RESTORING, expires_at=now + _PATIENCE, version=1)
 
 
 def _id_in(line: bytes) -> str:

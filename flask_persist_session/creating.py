@@ -17,8 +17,8 @@ from .stores.base import NAME_LIMITS, is_name
 
 #: So many entries of a history are copied at once.
 _ENTRIES = 500
-#: The end reason of a session that a restore replaces.
-OVERWRITTEN = "overwritten"
+#: The end reason of a session that a restore replaces, and of what stands for one whose history is not yet complete.
+OVERWRITTEN, RESTORING = "overwritten", "restoring"
 #: Seconds within which a history is copied.
 _COPYING = 60.0
 
@@ -164,6 +164,9 @@ class Creating(Lifecycle):
             return new
         if self._lifetime.state(old) == "active":
             raise SessionConflict(f"session {new.id} is active already under this key")
+        if old.end_reason == RESTORING and self.clock() < (old.ended_at or 0.0) + _COPYING:
+            # The entries that are on their way must not get into another dialogue.
+            raise SessionConflict(f"session {new.id} is just being restored")
         if old.data:
             self._set_aside(old)
         self.store.delete(new.id, expected=old.version)

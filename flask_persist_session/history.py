@@ -22,6 +22,7 @@ class History:
 
     :param session: returns the session if it is active, and raises ``SessionNotFound`` otherwise.
     :param renewed: is given the session after something was appended.
+    :param is_there: whether what was just read is still of the session that is meant.
     :param max_entries: how many entries there may be; 0: any number.
     :param max_bytes: largest encoded entry.
     """
@@ -35,6 +36,7 @@ class History:
         clock: Callable[[], float],
         session: Callable[[str], StoredSession],
         renewed: Callable[[StoredSession], object],
+        is_there: Callable[[], bool],
         max_entries: int,
         max_bytes: int,
     ) -> None:
@@ -45,6 +47,7 @@ class History:
         self._clock = clock
         self._session = session
         self._renewed = renewed
+        self._is_there = is_there
         self._max_entries = max_entries
         self._max_bytes = max_bytes
 
@@ -125,7 +128,14 @@ class History:
 
     def count(self) -> int:
         """How many entries there are."""
-        return self._log.count(self.session_id)
+        count = self._log.count(self.session_id)
+        self._check_is_there()
+        return count
+
+    def _check_is_there(self) -> None:
+        # Asked after reading: another session may have taken its key in between.
+        if not self._is_there():
+            raise SessionNotFound(f"session {self.session_id} is there no more, or its key leads to another now")
 
     def clear(self) -> bool:
         """Remove all entries; the next one is number 1 again. Says whether there were any."""
@@ -144,6 +154,7 @@ class History:
             before = entries[0].seq
 
     def _decoded(self, entries: list[LogEntry]) -> list[HistoryEntry]:
+        self._check_is_there()
         return [decode_entry(self._codec, self.session_id, entry) for entry in entries]
 
 

@@ -20,6 +20,7 @@ from .lookup import SessionDetails
 from .record_lines import LATEST
 from .records import LogEntry, Position, SessionQuery, SessionRecord, State, StoreStats
 from .revoking import Revoking
+from .stored import StoredSession
 from .stores.base import SessionStore
 from .stores.history import HistoryLog
 from .transaction import Transacting
@@ -153,8 +154,11 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             return False
         return has_history is None or has_history == bool(self.store.history.count(record.id))
 
-    def history(self, session_id: str) -> History:
+    def history(self, session: str | StoredSession) -> History:
         """The history of a session, whatever its state; nothing is looked up yet.
+
+        Of an id it is the one that is there under this id. Of a session it is that of just this one: where its key was
+        used anew since, reading and appending raise ``SessionNotFound``; each reading costs a look at the session.
 
         Raises ``UnsupportedByStore`` where the store keeps none, or for the sessions behind ``flask.session``: their id
         changes at sign-in.
@@ -164,6 +168,8 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
                 "the sessions behind flask.session get another id at sign-in, so they have no history; keep it in a "
                 'session of a namespace of yours: sessions.namespace("chat")'
             )
+        meant = None if isinstance(session, str) else session
+        session_id = meant.id if meant else str(session)
         return History(
             session_id,
             self.store.history,
@@ -171,6 +177,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             clock=lambda: self.clock(),
             session=self.existing,
             renewed=self._renewed,
+            is_there=(lambda: meant is None or self._is_there(meant.record)),
             max_entries=self._max_entries,
             max_bytes=self._max_bytes,
         )

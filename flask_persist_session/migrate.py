@@ -15,6 +15,7 @@ from itertools import islice
 
 from .archive import Progress, silent
 from .exceptions import SerializationError, SessionConflict, UnsupportedByStore
+from .lifetime import is_processed
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore
 from .stores.history import copy_history
@@ -154,7 +155,7 @@ class Migration:
     def _update(self, record: SessionRecord) -> str:
         """Bring a session that the target has already up to date; say what it took."""
         there = self._target.get(record.id)
-        if there is None or there.ended_at is not None or not _is_later(record, there):
+        if there is None or not (_is_later(record, there) if there.ended_at is None else _is_done_since(record, there)):
             return "present"
         try:
             self._target.save(replace(record, version=there.version + 1), expected=there.version)
@@ -197,6 +198,11 @@ def _is_later(record: SessionRecord, than: SessionRecord) -> bool:
     if (record.ended_at is None) != (than.ended_at is None):
         return record.ended_at is not None
     return (record.accessed_at, record.version) > (than.accessed_at, than.version)
+
+
+def _is_done_since(record: SessionRecord, there: SessionRecord) -> bool:
+    """Whether the handler of ended sessions has had it, in the state in which it is *there*."""
+    return is_processed(record) and not is_processed(there) and record.ended_at == there.ended_at
 
 
 def _alike(record: SessionRecord, other: SessionRecord) -> bool:

@@ -31,6 +31,7 @@ from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import pause_after
 from flask_persist_session.sweeper import Sweeper
 from tests.conftest import Clock
+from tests.counting import CountingStore
 from tests.servers import wait_until
 from tests.web import PROCESSES
 
@@ -440,6 +441,17 @@ def test_redis_does_not_remove_by_itself_what_waits(new_url: Callable[[str], str
     store.close()
 
 
+def test_handing_over_costs_two_saves(clock: Clock, handler: Handler) -> None:
+    """One listing for all, and for each session one save to take it and one to keep its summary; none is read again."""
+    store = CountingStore(open_store("memory://"))
+    chats = SessionManager(store, namespace="chat", keep_data=True, clock=clock, on_end=handler)
+    for _ in range(10):
+        chats.end(chats.create().id)
+    store.operations.clear()
+    assert chats.process_ended().processed == 10
+    assert store.operations == {"find": 1, "save": 20}
+
+
 # Keys -----------------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +501,30 @@ def test_a_key_used_anew_while_the_handler_runs(store: SessionStore, clock: Cloc
     assert chats.process_ended() == EndingReport(processed=1)
     assert got[1] != first.id
     assert chats.look_up(got[1]).metadata["summary"] == "a summary"
+
+
+@pytest.mark.parametrize("read", [lambda history: history.latest(), list, lambda history: history.count()])
+def test_a_handler_never_reads_another_dialogue(
+    store: SessionStore, clock: Clock, handler: Handler, read: Callable[[Any], object]
+) -> None:
+    """Where its session's key is used anew while it runs, the history of the session that it was given is there no more."""
+    got: list[list[str]] = []
+
+    def reading(session: StoredSession) -> None:
+        if not got:
+            got.append([])
+            say(chats, chats.resume_or_create(key="k"), 5)
+        read(chats.history(session))
+        got.append([entry.content for entry in chats.history(session)])
+
+    chats = chats_on(store, clock, on_end=reading)
+    first = chats.resume_or_create(key="k")
+    say(chats, first, 2)
+    chats.end(first.id)
+    assert chats.process_ended() == EndingReport(failed=1)
+    clock.advance(100)
+    assert chats.process_ended() == EndingReport(processed=1)
+    assert got == [[], ["line 0", "line 1"]]
 
 
 def test_what_a_crash_left_of_a_copy_gives_way(chats: SessionManager, handler: Handler, clock: Clock) -> None:

@@ -18,6 +18,7 @@ from flask_persist_session import (
     PersistSession,
     RestoreReport,
     SerializationError,
+    SessionConflict,
     SessionManager,
     SessionNotFound,
     SessionStore,
@@ -333,6 +334,29 @@ def test_a_restore_that_is_killed_loses_nothing_and_can_be_repeated(
     chats.store.close()
 
 
+def test_a_key_is_not_used_anew_while_its_session_is_being_restored(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else entries that are on their way would be in the new dialogue. A minute after a crash the key is free."""
+    chats = chats_on(open_store("memory://"), clock)
+    chat = chats.resume_or_create(key="k", user_id="ada")
+    say(chats, chat.id, "one")
+    made = save_archive(chats, tmp_path)
+    chats.store.delete(chat.id)
+
+    def interfere(self: object, history: HistoryLog) -> int:
+        with pytest.raises(SessionConflict, match="restored"):
+            chats.create(key="k", user_id="ada")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backup_module._Dialogue, "put_into", interfere)
+    with pytest.raises(KeyboardInterrupt):
+        load(chats, made.path)
+    clock.advance(61)
+    assert chats.resume_or_create(key="k", user_id="ada").new
+    assert said(chats, chat.id) == []
+
+
 # Archives of removed sessions -----------------------------------------------------------------------------------------
 
 
@@ -408,7 +432,7 @@ def test_migrating_takes_namespaces_and_histories_along(
     app, target = make_app(new_url(old)), new_url(new)
     sessions = PersistSession()
     with app.app_context():
-        chats = sessions.namespace("chat", on_end=print)
+        chats = sessions.namespace("chat", on_end=lambda session: "done")
         web = sessions.manager.create({"w": 1})
         chat, waiting = chats.create({"a": 1}), chats.create({"b": 1})
         for one in chat, waiting:
@@ -417,13 +441,16 @@ def test_migrating_takes_namespaces_and_histories_along(
         report = sessions.migrate(target)
         assert (report.copied, report.entries, report.different) == (3, 4, ())
         say(chats, chat.id, "three")
-        assert sessions.migrate(target).entries == 1
+        assert chats.process_ended().processed == 1
+        again = sessions.migrate(target)
+        assert (again.entries, again.updated) == (1, 1)
     there = make_app(target)
     with there.app_context():
         assert sessions.manager.get(web.id) is not None
         moved = sessions.namespace("chat")
         assert moved.existing(chat.id).data == {"a": 1}
         assert (said(moved, chat.id), said(moved, waiting.id)) == (["one", "two", "three"], ["one", "two"])
+        assert [record.id for record in moved.find(processed=True)] == [waiting.id]
 
 
 def test_moving_the_rest_takes_namespaces_and_histories_along(make_app: MakeApp, new_url: NewURL) -> None:

@@ -90,6 +90,7 @@ SIBLINGS = {
     ("ending", "cleanup"),
     ("ending", "stored"),
     ("manager", "history"),
+    ("manager", "stored"),
     ("manager", "lifecycle"),
     ("users", "lifecycle"),
     ("users", "stored"),
