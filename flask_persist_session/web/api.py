@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from werkzeug.exceptions import BadRequest, MethodNotAllowed, NotFound
 
 from ..exceptions import ConfigError, SessionConflict
 from ..extension import PersistSession
+from ..history import History
 from ..lifecycle import WEB
 from ..manager import SessionManager
 from ..records import HistoryEntry, Position, SessionRecord
@@ -161,7 +163,7 @@ class _Api:
     def _call(self, operation: Operation, path: dict[str, str]) -> _Call:
         """The request, checked without a look at what is stored, so that nothing is told of it."""
         query, body = _read_query(operation), _read_body(operation)
-        if operation.version == "required" and not request.if_match:
+        if operation.version == "required" and "If-Match" not in request.headers:
             raise Problem(api_problems.NO_VERSION, 'Send the ETag of the version that you change: If-Match: "3".')
         if "user_id" in path:
             path = {"user_id": _checked(api_schemas.UserPath, path, "path").user_id}
@@ -292,15 +294,8 @@ class _Api:
     def read_history(self, call: _Call) -> Response:
         """Entries of a history, oldest first."""
         query: api_schemas.HistoryQuery = call.query
-        if query.after is not None and (query.before is not None or query.text is not None):
-            raise _invalid_field("query", "after", "goes with neither before nor text")
         log = call.manager.history(self._session(call).id)
-        if query.after is not None:
-            entries = log.after(query.after, query.limit)
-        elif query.text is not None:
-            entries = log.search(query.text, before=query.before, limit=query.limit)
-        else:
-            entries = log.page(query.before, query.limit)
+        entries = _entries(log, query)
         shown = [api_schemas.Entry(**api_problems.entry_document(entry)) for entry in entries]
         response = _json(api_schemas.EntryPage(entries=shown, count=log.count()))
         following = _following(query, entries)
@@ -395,7 +390,7 @@ def _checked(model: type[api_schemas.Query], given: dict[str, Any], location: st
 def _expected(session: StoredSession) -> Iterator[int | None]:
     """The version that ``If-Match`` asks for, if it is that of *session*; ``None``: whatever version."""
     etags = request.if_match
-    if not etags or etags.star_tag:
+    if "If-Match" not in request.headers or etags.star_tag:
         yield None
         return
     if not etags.contains(_etag(session)):
@@ -489,11 +484,25 @@ def _cursor(query: api_schemas.UserSessionsQuery, last: SessionRecord) -> str:
     return api_schemas.dump_cursor(query.order_by, (getattr(last, query.order_by.removeprefix("-")), last.id))
 
 
+def _entries(log: History, query: api_schemas.HistoryQuery) -> list[HistoryEntry]:
+    """The first entries after one, or else the last ones, or the last ones with a text."""
+    if query.text is not None:
+        found = log.search(query.text, before=query.before, limit=query.limit)
+    elif query.after is not None:
+        found = log.after(query.after, query.limit)
+    else:
+        found = log.page(query.before, query.limit)
+    first, end = query.after or 0, math.inf if query.before is None else query.before
+    return [entry for entry in found if first < entry.seq < end]
+
+
 def _following(query: api_schemas.HistoryQuery, entries: list[HistoryEntry]) -> dict[str, int]:
-    """What leads to the entries after these in the direction of reading; nothing if there may be none."""
-    if len(entries) < query.limit or (entries[0].seq == 1 and query.after is None):
+    """What leads to the entries behind these in the direction of reading; nothing if there can be none."""
+    if len(entries) < query.limit:
         return {}
-    return {"before": entries[0].seq} if query.after is None else {"after": entries[-1].seq}
+    if query.after is not None and query.text is None:
+        return {"after": entries[-1].seq}
+    return {"before": entries[0].seq} if entries[0].seq > 1 else {}
 
 
 def _with_next(response: Response, call: _Call, **changed: object) -> Response:

@@ -247,7 +247,7 @@ def _query_parameters(query: type[schemas.Query]) -> Iterator[dict[str, Any]]:
 
 
 def _headers(operation: Operation) -> Iterator[dict[str, Any]]:
-    version = {"type": "string", "pattern": r'^(\*|"[0-9]+(-[a-z]+)?")$', "examples": ['"3"']}
+    version = {"type": "string", "examples": ['"3"']}
     if operation.version:
         text = "The ETag of the version to be changed; `*`: whatever version."
         yield _parameter("If-Match", "header", version | {"description": text}, required=operation.version == "required")
@@ -286,8 +286,21 @@ def _answer(operation: Operation, status: int, model: type[BaseModel] | None) ->
         described["content"] = {JSON: {"schema": {"$ref": _REF.format(model=model.__name__)}}}
     elif status == 200:
         described["content"] = {JSON: {"schema": {"type": "object"}}}
-    headers = dict(_answer_headers(operation, status, model))
-    return described | ({"headers": headers} if headers else {})
+    if headers := dict(_answer_headers(operation, status, model)):
+        described["headers"] = headers
+    if status in (200, 201) and operation.body is schemas.NewSession:
+        described["links"] = dict(_links())
+    return described
+
+
+def _links() -> Iterator[tuple[str, Any]]:
+    """From a session that was created to what can be done with it."""
+    for operation in OPERATIONS:
+        if operation.path.startswith(_SESSION):
+            parameters = {"path.session_id": "$response.body#/id"}
+            if operation.version:
+                parameters["header.If-Match"] = "$response.header.ETag"
+            yield operation.name, {"operationId": operation.name, "parameters": parameters}
 
 
 def _answer_headers(operation: Operation, status: int, model: type[BaseModel] | None) -> Iterator[tuple[str, Any]]:

@@ -148,7 +148,7 @@ class SessionsQuery(UserSessionsQuery):
 
 
 class HistoryQuery(Query):
-    """Which entries are read: the last ones, those before or after one, or those with a text."""
+    """Which entries are read: the first ones after one; or else the last ones, or the last ones with a text."""
 
     before: Number | None = None
     after: Number | None = None
