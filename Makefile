@@ -8,7 +8,7 @@ PORT ?= 5000
 .PHONY: demo test browser lint soak bench clean
 
 demo: $(VENV)/demo.stamp
-	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its sessions stay in instance/sessions.db)"
+	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its conversations stay in instance/sessions.db)"
 	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
 test: browser

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +203,7 @@ class Answers:
             conversation.data["last_response"] = shortened(answer, KEPT)
 
     def _give_up(self, turn: Turn, problem: str) -> None:
-        with self._sessions.edit(turn.conversation_id) as conversation:
+        with suppress(SessionNotFound), self._sessions.edit(turn.conversation_id) as conversation:
             if under_way(conversation, turn.seq).get("by") == turn.by:
                 conversation.data["answer"] = {"to": turn.seq, "by": turn.by, "problem": problem}
                 self._count(turn, conversation)

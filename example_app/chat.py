@@ -7,7 +7,7 @@ from itertools import islice
 
 from flask import Flask, current_app
 
-from flask_persist_session import PersistSession, SessionConflict, SessionRecord, StoredSession
+from flask_persist_session import ConfigError, PersistSession, SessionConflict, SessionRecord, StoredSession
 
 from .answers import UNTITLED, Answers, problem_of
 from .assistant import Assistant, ListingAssistant
@@ -106,9 +106,21 @@ def title_of(record: SessionRecord) -> str:
 
 def set_up_chat(app: Flask, sessions: PersistSession) -> None:
     """Give *app* its chat."""
+    check_settings(app)
     with app.app_context():
         app.extensions[_KEY] = Chat(app, sessions, assistant_for(app))
     app.add_template_filter(title_of, "title_of")
+
+
+def check_settings(app: Flask) -> None:
+    """Refuse settings that would only fail, or open something, later. Raises ``ConfigError``."""
+    keys = app.config["CHAT_API_KEYS"]
+    if not isinstance(keys, Mapping) or not all(isinstance(part, str) and part for pair in keys.items() for part in pair):
+        raise ConfigError('CHAT_API_KEYS is no mapping of keys to users; give a JSON object such as {"a long key": "Ada"}')
+    for name in ("CHAT_PACE", "CHAT_STREAMS", "CHAT_STALE"):
+        value = app.config[name]
+        if not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f"{name} is {value!r}; allowed is a number that is not negative")
 
 
 def assistant_for(app: Flask) -> Assistant:

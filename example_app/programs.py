@@ -82,7 +82,7 @@ def key_holder() -> str:
     for key, user in keys.items():  # all of them, so that the time it takes tells nothing
         if hmac.compare_digest(key.encode(), given.encode()):
             holder = user
-    if holder is None:
+    if holder is None or not given:
         abort(403, "This needs a key of CHAT_API_KEYS, as “Authorization: Bearer …” or “X-API-Key: …”.")
     return holder
 

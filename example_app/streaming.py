@@ -6,6 +6,8 @@ session has changed, and once in a while besides. Which events there are is writ
 """
 
 import json
+import logging
+import re
 import time
 from collections.abc import Iterator
 from threading import Semaphore
@@ -13,12 +15,14 @@ from threading import Semaphore
 from flask import Blueprint, Flask, Response, current_app, request, session
 from flask.typing import ResponseReturnValue
 
-from flask_persist_session import SessionNotFound, StoredSession
+from flask_persist_session import SessionNotFound, StoredSession, StoreUnavailable
 
 from .answers import under_way
 from .chat import Chat, current_chat, title_of
 from .forms import keep_private
 from .views.signing import end_reason, why_signed_out
+
+log = logging.getLogger(__name__)
 
 SHORTEST = 0.05
 LONGEST = 1.0
@@ -53,7 +57,7 @@ def events(conversation_id: str) -> ResponseReturnValue:
         return as_stream(iter([event("ended", words=ENDED)]))
     # The header is newer: it is what the browser got by the stream that began at this address.
     after = request.headers.get("Last-Event-ID") or request.args.get("after", "")
-    seq = min(int(after), 2**53) if after.isascii() and after.isdigit() else 0
+    seq = int(after) if re.fullmatch("[0-9]{1,15}", after) else 0
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
     stream = Stream(app, chat, conversation.id, getattr(session, "id", None), seq)
     return as_stream(in_turn(stream, app.extensions["chat_streams"]))
@@ -76,6 +80,8 @@ def in_turn(stream: "Stream", seats: Semaphore) -> Iterator[str]:
     try:
         yield "retry: 500\n\n"
         yield from stream.events()
+    except StoreUnavailable as error:  # the status has left already; the browser comes back, and is told 503
+        log.warning("a stream ended because the store cannot be reached: %s", error)
     finally:
         seats.release()
 

@@ -13,7 +13,7 @@ from werkzeug.test import TestResponse
 
 from example_app import create_app
 from example_app.secret_key import lasting_secret_key
-from flask_persist_session import SessionManager
+from flask_persist_session import ConfigError, SessionManager
 from tests.chatting import messages_in, token_in
 from tests.conftest import Clock
 
@@ -84,7 +84,7 @@ def test_asks_visitors_to_sign_in(client: FlaskClient) -> None:
     assert response.location == "/sign-in"
 
 
-@pytest.mark.parametrize("path", ["/conversations", "/conversations/abc/messages", "/conversations/abc/end"])
+@pytest.mark.parametrize("path", ["/conversations", "/conversations/abc/messages", "/conversations/abc/end", "/sign-out"])
 def test_sends_a_visitors_form_to_sign_in(client: FlaskClient, path: str) -> None:
     """A form sent after the session has gone leads to the sign-in page."""
     assert client.post(path).location == "/sign-in"
@@ -337,6 +337,33 @@ def test_without_a_seat_a_stream_tells_what_there_is(app: Flask) -> None:
     assert re.findall(r"^id: (\d+)$", client.get(f"{talk}/events?after=2").text, re.MULTILINE) == ["3"]
     behind = client.get(f"{talk}/events?after=1", headers={"Last-Event-ID": "3"}).text
     assert "event: entry" not in behind
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "-1", "٣", "x", "1.5", ""])
+def test_a_stream_from_no_number_begins_at_the_beginning(app: Flask, number: str) -> None:
+    """What is no number of an entry is taken for none."""
+    app = create_app({**app.config, "CHAT_STREAMS": 0})
+    client = app.test_client()
+    post(client, "/sign-in", name="Ada")
+    assert re.findall(r"^id: (\d+)$", client.get(f"{begin(client)}/events?after={number}").text, re.MULTILINE) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "query", ["before=-1", "before=0", "before=x", "before=" + "9" * 100, "behind=x", "q=%00", "find=%25"]
+)
+def test_odd_addresses_are_no_errors(ada: FlaskClient, talk: str, query: str) -> None:
+    """Whatever stands behind the question mark, there is a page."""
+    assert ada.get(f"{talk}?{query}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CHAT_API_KEYS", "key"), ("CHAT_API_KEYS", {"": "Ada"}), ("CHAT_API_KEYS", {"key": 7}), ("CHAT_STALE", "soon")],
+)
+def test_a_wrong_setting_is_told_at_the_start(app: Flask, name: str, value: object) -> None:
+    """A setting that cannot be used is an error that names it."""
+    with pytest.raises(ConfigError, match=name):
+        create_app({**app.config, name: value})
 
 
 def test_a_stream_without_a_user_says_why(client: FlaskClient) -> None:

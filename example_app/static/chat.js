@@ -12,7 +12,7 @@ const send = composer.querySelector("button");
 let last = Number(composer.dataset.after || 0);
 let source = null;
 let writing = element("status").textContent !== "";
-let sending = false;
+let waiting = writing; // whether the last entry is one that waits for its answer
 
 // The dialogue -------------------------------------------------------------------------------------------------------
 
@@ -39,8 +39,9 @@ function addEntry({ seq, role, content }) {
   item.dataset.seq = seq;
   item.querySelector("p").textContent = content;
   dialogue.append(item);
+  waiting = role === "user";
   fail("");
-  setWriting(role === "user");
+  setWriting(waiting);
 }
 
 function addPiece({ to, start, text }) {
@@ -60,8 +61,8 @@ function setWriting(now) {
   writing = now;
   element("status").textContent = now ? "The assistant is writing…" : "";
   // A screen reader reads an answer once, when it is complete, and not again with each word.
-  dialogue.setAttribute("aria-busy", String(now));
-  send.disabled = now || sending;
+  element("log").setAttribute("aria-busy", String(now));
+  send.disabled = now;
   if (!now) pending()?.remove();
 }
 
@@ -123,32 +124,34 @@ async function post(form) {
 }
 
 async function say() {
+  const text = field.value;
   const { ok, answer } = await post(composer);
   if (!ok) {
+    setWriting(false);
     complain(answer.problem);
     return;
   }
   complain("");
-  field.value = "";
+  if (field.value === text) field.value = ""; // what was typed meanwhile stays
   composer.elements.key.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
-  fail("");
   // Behind what the page has there may be more, from another tab: then the stream tells all of it, in its order.
   if (answer.seq === last + 1) addEntry(answer);
+  if (answer.seq <= last) setWriting(waiting); // sent once more, it may be answered already
   listen();
 }
 
 composer.addEventListener("submit", async (event) => {
   if (!composer.dataset.events) return; // an earlier part of the dialogue: the form leads to the latest one
   event.preventDefault();
-  if (sending || writing) return;
-  sending = send.disabled = true;
+  if (writing) return;
+  fail("");
+  setWriting(true);
   try {
     await say();
   } catch {
+    setWriting(false);
     complain("The server cannot be reached. Please try again.");
   }
-  sending = false;
-  send.disabled = writing;
   field.focus();
 });
 

@@ -3,13 +3,21 @@
 from flask import Blueprint, current_app, render_template, request, session
 from flask.typing import ResponseReturnValue
 
-from ..forms import check_token, keep_private, one_line, problem_with, see
+from ..forms import check_token, for_users_only, keep_private, one_line, problem_with, see
 
 LONGEST_NAME = 40
 
 signing = Blueprint("signing", __name__)
-signing.before_request(check_token)
 signing.after_request(keep_private)
+
+
+@signing.before_request
+def guard() -> ResponseReturnValue | None:
+    """Let everybody sign in, and users sign out, by our own forms."""
+    if request.endpoint == "signing.sign_out":
+        return for_users_only()
+    check_token()
+    return None
 
 
 @signing.route("/sign-in", methods=["GET", "POST"])
