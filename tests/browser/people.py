@@ -86,10 +86,15 @@ def sign_in(page: Page, name: str) -> None:
 
 def begin(page: Page) -> None:
     """Begin a conversation."""
-    if page.viewport_size and page.viewport_size["width"] < 768:
+    if is_narrow(page):
         page.get_by_role("button", name="Show conversations").click()
     page.get_by_role("button", name="New conversation").click()
     expect(answers(page)).to_contain_text(["What would you like to sell?"])
+
+
+def is_narrow(page: Page) -> bool:
+    """Whether the side bar has to be opened."""
+    return page.viewport_size is not None and page.viewport_size["width"] < 768
 
 
 def say(page: Page, text: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.people import LOOKS, PHONE, Devices, answers, begin, dialogue, say, sign_in
+from tests.browser.people import LOOKS, PHONE, Devices, answers, begin, dialogue, is_narrow, say, sign_in
 
 BRAND = "So far: bicycle. Which brand is it?"
 
@@ -28,6 +28,9 @@ def tour(devices: Devices, look: str) -> Iterator[tuple[str, Page]]:
     say(page, "an old bicycle with a basket, and a bell that one hears from far away")
     expect(dialogue(page)).to_have_count(3)
     yield "a conversation", page
+    if is_narrow(page):
+        page.get_by_role("button", name="Show conversations").click()
+        yield "side bar", page
     address = page.url
     page.goto(f"{address}?find=bicycle&q=bicycle")
     yield "searches", page
@@ -143,15 +146,16 @@ def test_what_a_screen_reader_finds(devices: Devices) -> None:
           - heading "a bicycle" [level=1]
           - region "Dialogue":
             - log "Messages":
-              - listitem:
-                - text: "Assistant:"
-                - paragraph: /Hello!/
-              - listitem:
-                - text: "You:"
-                - paragraph: a bicycle
-              - listitem:
-                - text: "Assistant:"
-                - paragraph: "{BRAND}"
+              - list:
+                - listitem:
+                  - text: "Assistant:"
+                  - paragraph: /Hello!/
+                - listitem:
+                  - text: "You:"
+                  - paragraph: a bicycle
+                - listitem:
+                  - text: "Assistant:"
+                  - paragraph: "{BRAND}"
           - status
           - textbox "Message"
           - button "Send"
