@@ -13,6 +13,15 @@ from tests.web import Gunicorn
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+SMALLEST: dict[str, Any] = {**PHONE, "viewport": {"width": 320, "height": 568}}
+#: How pages are looked at; there is an operator for each.
+LOOKS = {
+    "desktop": {**DESKTOP, "color_scheme": "light"},
+    "desktop-dark": {**DESKTOP, "color_scheme": "dark"},
+    "phone": {**PHONE, "color_scheme": "light"},
+    "phone-dark": {**PHONE, "color_scheme": "dark"},
+    "narrow": SMALLEST,
+}
 
 
 class Devices:
@@ -32,7 +41,11 @@ class Devices:
         for context in self._contexts:
             context.close()
         if error is None:
-            assert self.complaints == []
+            self.check()
+
+    def check(self) -> None:
+        """Fail if a page complained, or asked for something elsewhere."""
+        assert self.complaints == []
 
     def new(self, **options: Any) -> Page:
         """A page on another device: a context with cookies of its own."""
@@ -73,8 +86,15 @@ def sign_in(page: Page, name: str) -> None:
 
 def begin(page: Page) -> None:
     """Begin a conversation."""
+    if is_narrow(page):
+        page.get_by_role("button", name="Show conversations").click()
     page.get_by_role("button", name="New conversation").click()
     expect(answers(page)).to_contain_text(["What would you like to sell?"])
+
+
+def is_narrow(page: Page) -> bool:
+    """Whether the side bar has to be opened."""
+    return page.viewport_size is not None and page.viewport_size["width"] < 768
 
 
 def say(page: Page, text: str) -> None:
