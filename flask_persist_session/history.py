@@ -114,7 +114,7 @@ class History:
         return self._decoded(self._log.read(self.session_id, after=seq, limit=limit))
 
     def search(self, text: str, *, before: int | None = None, limit: int = 20) -> list[HistoryEntry]:
-        """The last *limit* entries whose role, content or metadata contain *text*, ignoring case, oldest first.
+        """The last *limit* entries whose content or metadata contain *text*, ignoring case, oldest first.
 
         Reads the history from its end until so many are found.
         """
@@ -122,7 +122,7 @@ class History:
         for entry in self._backwards(before):
             if len(found) >= limit:
                 break
-            if any(wanted in straw.casefold() for straw in _texts([entry.role, entry.content, entry.metadata])):
+            if any(wanted in straw.casefold() for straw in _texts([entry.content, entry.metadata])):
                 found.append(entry)
         return found[::-1]
 

@@ -433,7 +433,7 @@ class Lifecycle:
         self._save_own(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
 
     def delete(self, session_id: str, expected_version: int | None = None) -> bool:
-        """Remove the session with all that it has; say whether it was there and had not ended.
+        """Remove the session with all that it has; say whether there was anything to remove.
 
         Only its id, its user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
         that cannot be read is removed without a trace, unless an *expected_version* is given: then the session is removed
@@ -450,7 +450,7 @@ class Lifecycle:
                 if deleted:
                     self._announcer.deleted(session_id, None)
                 return deleted
-            if record is None or record.ended_at is not None:
+            if record is None or (record.ended_at is not None and not record.data):
                 return False
             if expected_version not in (None, record.version):
                 raise other_version(session_id, expected_version, record.version)

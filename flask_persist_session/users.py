@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from .exceptions import SerializationError, SessionConflict
-from .lifecycle import Lifecycle, Metadata, Retry
+from .lifecycle import WEB, Lifecycle, Metadata, Retry
 from .records import SessionRecord
 from .stored import NOBODY, Owner, StoredSession
 
@@ -36,6 +36,8 @@ class Users(Lifecycle):
     def _move(
         self, session: StoredSession, owner: Owner, metadata: Metadata, created_at: float | None = None
     ) -> StoredSession | None:
+        if self.namespace != WEB:
+            raise ValueError("only the sessions behind flask.session get new tokens; others keep their id, key and history")
         before = session.record
         moved = self._put(self._draft(session.data, owner, {**before.metadata, **metadata}, before.tags, created_at))
         # A session that goes on as the same user's takes nobody's place.

@@ -84,10 +84,15 @@ def test_what_came_after_an_entry_is_had_by_its_number(chats: SessionManager, ch
 
 
 def test_a_search_finds_the_latest_that_mention_a_text(chats: SessionManager, chat: StoredSession) -> None:
-    """In role, content and metadata, ignoring case; not in what is no text."""
+    """In content and metadata, ignoring case; not in the role, nor in what is no text."""
     history = chats.history(chat.id)
     history.append(
-        said("Hello Ada"), said(42), said({"x": ["ADA again"]}), said("no", metadata={"to": "ada"}), said("x", "Adam")
+        said("Hello Ada"),
+        said(42),
+        said({"x": ["ADA again"]}),
+        said("no", metadata={"to": "ada"}),
+        said("Adam"),
+        said("x", "ada"),
     )
     assert [entry.seq for entry in history.search("ada")] == [1, 3, 4, 5]
     assert [entry.seq for entry in history.search("ada", limit=2)] == [4, 5]

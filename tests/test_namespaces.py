@@ -22,6 +22,7 @@ from flask_persist_session import (
     session_created,
 )
 from flask_persist_session.interface import secret_keys
+from flask_persist_session.stored import Owner
 from flask_persist_session.sweeper import Sweeper
 from flask_persist_session.tokens import TokenSigner
 from tests.conftest import Clock
@@ -164,6 +165,30 @@ def test_deleting_takes_the_data_of_a_namespace_too(app: Flask) -> None:
         assert chats.delete(chat.id)
         record = chats.look_up(chat.id)
         assert (record.data, record.metadata, record.tags) == (b"", {}, frozenset())
+
+
+def test_what_has_ended_can_still_be_deleted(app: Flask) -> None:
+    """Whoever wants a conversation gone is not told that it has ended already."""
+    with app.app_context():
+        chats = PersistSession().namespace("chat")
+        chat = chats.create({"step": 1}, metadata={"title": "Trip"})
+        chats.history(chat.id).append({"role": "user", "content": "Hello"})
+        chats.end(chat.id)
+        assert chats.delete(chat.id)
+        record = chats.look_up(chat.id)
+        assert (record.data, record.metadata, chats.store.history.count(chat.id)) == (b"", {}, 0)
+        assert not chats.delete(chat.id)
+
+
+def test_a_session_of_a_namespace_keeps_its_id(app: Flask) -> None:
+    """A new token would leave its key and its history behind."""
+    with app.app_context():
+        chats = PersistSession().namespace("chat")
+        chat = chats.create({"step": 1})
+        for move in (lambda: chats.regenerate(chat), lambda: chats.bind(chat, Owner("ada"))):
+            with pytest.raises(ValueError, match=r"only the sessions behind flask\.session"):
+                move()
+        assert chats.get(chat.id) is not None
 
 
 def test_sessions_of_the_cookie_keep_no_data_when_they_end(app: Flask) -> None:
