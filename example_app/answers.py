@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flask_persist_session import SessionConflict, SessionManager, SessionNotFound, StoredSession
+from flask_persist_session import SessionConflict, SessionManager, SessionNotFound, SessionTooLarge, StoredSession
 
 from .assistant import Assistant, AssistantError, Message
 from .pauses import with_pauses
@@ -33,6 +33,8 @@ AT_ONCE = 32
 UNTITLED = "New conversation"
 TITLE = 60
 KEPT = 500
+PASSED_OVER = "This message got no answer, and the dialogue has gone on."
+TOO_LONG = "The answer is too long for this conversation. Please begin a new one."
 FAILED = "The assistant failed. Please try again."
 
 
@@ -122,14 +124,22 @@ class Answers:
             pause = min(pause * 1.5, 0.5)
 
     def outcome(self, conversation_id: str, seq: int) -> Outcome:
-        """What has become of the entry of that number until now. Raises ``SessionNotFound`` as ``wait`` does."""
+        """What has become of the entry of that number until now, which is answered anew where its process was killed.
+
+        Raises ``SessionNotFound`` as ``wait`` does.
+        """
         conversation = self._sessions.existing(conversation_id)
         if problem := problem_of(conversation, seq):
             return Outcome(problem=problem)
         if under_way(conversation, seq) and not self.is_due(conversation, seq):
             return Outcome()  # the answer may be there, but not yet the figures of it
         entries = self._sessions.history(conversation_id).after(seq, limit=1)
-        return Outcome(answer=str(entries[0].content)) if entries else Outcome()
+        if not entries:
+            self.start(conversation_id)
+            return Outcome()
+        if entries[0].role == "user":
+            return Outcome(problem=PASSED_OVER)
+        return Outcome(answer=str(entries[0].content))
 
     def write(self, conversation_id: str) -> None:
         """Answer what waits for an answer there, unless somebody does."""
@@ -143,6 +153,8 @@ class Answers:
             self._finish(turn, answer)
         except AssistantError as error:
             problem = str(error)
+        except SessionTooLarge:
+            problem = TOO_LONG
         except (Overtaken, SessionNotFound):
             problem = ""
         finally:
@@ -150,19 +162,21 @@ class Answers:
                 self._give_up(turn, problem)
 
     def _claim(self, conversation_id: str) -> Turn | None:
-        conversation = self._sessions.get(conversation_id)
-        last = self._sessions.history(conversation_id).latest(1)
-        if conversation is None or not last or last[0].role != "user" or not self.is_due(conversation, last[0].seq):
-            return None
-        turn = Turn(conversation_id, last[0].seq, str(last[0].content), secrets.token_hex(8), self._sessions.clock())
-        try:
-            with self._sessions.edit(conversation_id, expected_version=conversation.version) as claimed:
-                claimed.data["answer"] = {"to": turn.seq, "by": turn.by, "at": turn.began, "text": ""}
-                if claimed.metadata.get("title") == UNTITLED:
-                    claimed.metadata["title"] = shortened(turn.text, TITLE)
-        except (SessionConflict, SessionNotFound):
-            return None
-        return turn
+        while True:
+            conversation = self._sessions.get(conversation_id)
+            last = self._sessions.history(conversation_id).latest(1)
+            if conversation is None or not last or last[0].role != "user" or not self.is_due(conversation, last[0].seq):
+                return None
+            turn = Turn(conversation_id, last[0].seq, str(last[0].content), secrets.token_hex(8), self._sessions.clock())
+            with suppress(SessionConflict, SessionNotFound):  # claimed by somebody else, renamed, ended: look again
+                self._note_claim(turn, conversation.version)
+                return turn
+
+    def _note_claim(self, turn: Turn, version: int) -> None:
+        with self._sessions.edit(turn.conversation_id, expected_version=version) as conversation:
+            conversation.data["answer"] = {"to": turn.seq, "by": turn.by, "at": turn.began, "text": ""}
+            if conversation.metadata.get("title") == UNTITLED:
+                conversation.metadata["title"] = shortened(turn.text, TITLE)
 
     def _generate(self, turn: Turn) -> str:
         text, noted, pause = "", time.monotonic(), FIRST_NOTE

@@ -7,7 +7,14 @@ from itertools import islice
 
 from flask import Flask, current_app
 
-from flask_persist_session import ConfigError, PersistSession, SessionConflict, SessionRecord, StoredSession
+from flask_persist_session import (
+    ConfigError,
+    PersistSession,
+    SessionConflict,
+    SessionRecord,
+    SessionTooLarge,
+    StoredSession,
+)
 
 from .answers import UNTITLED, Answers, problem_of
 from .assistant import Assistant, ListingAssistant
@@ -17,8 +24,8 @@ SHOWN = 50
 _KEY = "chat"
 
 
-class Busy(Exception):
-    """A message was sent while the answer to the one before is being written, or by somebody else at the same moment."""
+class Refused(Exception):
+    """A message that is not taken, such as one sent while the answer to the one before is being written; why, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,7 @@ class Chat:
 
     def list(self, user_id: str, text: str = "", behind: str | None = None) -> Page:
         """The user's active conversations with *text* in the title, newest first, from behind that id."""
-        last = self.sessions.get(behind) if behind else None
+        last = self.sessions.load(behind) if behind else None  # which may have ended since
         found = self.sessions.find(
             user_id=user_id,
             active=True,
@@ -66,10 +73,8 @@ class Chat:
 
     def newest(self, user_id: str) -> SessionRecord | None:
         """The user's newest active conversation."""
-        return next(
-            iter(self.sessions.find(user_id=user_id, active=True, order_by="-created_at", limit=1)),
-            None,
-        )
+        found = self.sessions.find(user_id=user_id, active=True, order_by="-created_at", limit=1)
+        return next(iter(found), None)
 
     def rename(self, conversation_id: str, title: str) -> None:
         """Give a conversation another title. Raises ``SessionNotFound`` once it has ended."""
@@ -81,7 +86,7 @@ class Chat:
     ) -> int:
         """Store the user's turn and start the answer; returns the number of the entry.
 
-        The same text of the same form is stored once. Raises ``Busy``, ``SessionNotFound`` once it has ended.
+        The same text of the same form is stored once. Raises ``Refused``, ``SessionNotFound`` once it has ended.
         """
         history = self.sessions.history(conversation.id)
         last = next(iter(history.latest(1)), None)
@@ -94,7 +99,9 @@ class Chat:
             turn = {"role": "user", "content": text, "metadata": metadata}
             seq = history.append(turn, expected_seq=seq - waiting, idempotency_key=key)
         except SessionConflict as error:
-            raise Busy("The assistant is still writing. Please wait for its answer.") from error
+            raise Refused("The assistant is still writing. Please wait for its answer.") from error
+        except SessionTooLarge as error:
+            raise Refused("This conversation is as long as it can get. Please begin a new one.") from error
         self.answers.start(conversation.id)
         return seq
 

@@ -12,7 +12,7 @@ from werkzeug.exceptions import HTTPException
 from flask_persist_session import SessionNotFound, StoredSession
 
 from .answers import UNTITLED
-from .chat import Busy, current_chat
+from .chat import Refused, current_chat
 
 ANYBODY = "*"
 #: Seconds for which a program waits for its answer.
@@ -142,9 +142,9 @@ def show_missing(error: SessionNotFound) -> Response:
     return _problem(404, "There is no such conversation, or it has ended.")
 
 
-@programs.errorhandler(Busy)
-def show_busy(error: Busy) -> Response:
-    """Tell that the answer to another message is being written."""
+@programs.errorhandler(Refused)
+def show_refused(error: Refused) -> Response:
+    """Tell why a message is not taken, such as that the answer to another one is being written."""
     return _problem(409, str(error))
 
 

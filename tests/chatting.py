@@ -126,6 +126,19 @@ class Person:
         """Send a message."""
         return self.browser.post(f"{path}/messages", csrf_token=self.token, key=key, message=text)
 
+    def insist(self, path: str, text: str, key: str) -> None:
+        """Send a message until the server says that it has it, however often its workers are killed meanwhile."""
+        until = time.monotonic() + 4 * DEADLINE
+        while True:
+            try:
+                answer = self.say(path, text, key)
+            except (OSError, HTTPException):
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            else:
+                assert answer.status == 303, answer
+                return
+
     def listen(self, path: str, **options: Any) -> Listener:
         """Listen to a conversation."""
         return Listener(self.server.port, path, dict(self.browser.cookies), **options)

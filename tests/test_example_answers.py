@@ -12,7 +12,7 @@ from flask import Flask
 from example_app import create_app
 from example_app.answers import Answers, Outcome
 from example_app.assistant import AssistantError, Message
-from example_app.chat import Busy, Chat
+from example_app.chat import Chat, Refused
 from flask_persist_session import SessionNotFound, StoredSession
 from tests.conftest import Clock
 
@@ -180,9 +180,47 @@ def test_after_a_failure_one_can_say_something_else(chat: Chat, talk: StoredSess
     assert chat.say(chat.of("Ada", talk.id), "a table", "form 2") == 3
 
 
+def test_a_message_that_was_passed_over_has_no_answer(chat: Chat, talk: StoredSession) -> None:
+    """Whoever asks what became of it is not given what was said next."""
+    answers(chat, Scripted(before=fail("Too busy."))).write(talk.id)
+    chat.say(chat.of("Ada", talk.id), "a table", "form 2")
+    answers(chat, Scripted("Fine.")).write(talk.id)
+    assert "got no answer" in (chat.answers.outcome(talk.id, 2).problem or "")
+    assert chat.answers.outcome(talk.id, 3) == Outcome(answer="Fine.")
+
+
+def test_a_change_at_the_same_moment_does_not_keep_it_from_being_answered(
+    chat: Chat, talk: StoredSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the conversation is renamed while the answer is claimed, it is claimed again."""
+    is_due = chat.answers.is_due
+    renamed: list[str] = []
+
+    def renaming(conversation: StoredSession, seq: int) -> bool:
+        if not renamed:
+            renamed.append("Bicycle")
+            chat.rename(talk.id, "Bicycle")
+        return is_due(conversation, seq)
+
+    monkeypatch.setattr(chat.answers, "is_due", renaming)
+    chat.answers.write(talk.id)
+    assert len(said(chat, talk)) == 2
+    assert chat.of("Ada", talk.id).metadata["title"] == "Bicycle"
+
+
+def test_what_does_not_fit_is_told(app: Flask, chat: Chat) -> None:
+    """Neither a message nor an answer beyond the limit of a history is stored, and neither is tried for ever."""
+    app = create_app({**app.config, "PERSIST_SESSION_MAX_ENTRIES": 2})
+    full: Chat = app.extensions["chat"]
+    talk = full.begin("Ada", "first")
+    assert "too long" in (full.answers.wait(talk.id, full.say(talk, "bicycle", "form 1"), 10).problem or "")
+    with pytest.raises(Refused, match="as long as it can get"):
+        full.say(full.of("Ada", talk.id), "a table", "form 2")
+
+
 def test_only_one_message_waits_for_an_answer(chat: Chat, talk: StoredSession) -> None:
     """Another message, before the answer to the last one is there, is refused in words and not stored."""
-    with pytest.raises(Busy, match="still writing"):
+    with pytest.raises(Refused, match="still writing"):
         chat.say(talk, "and a table", "form 2")
     assert said(chat, talk) == [("user", "bicycle")]
 

@@ -187,3 +187,25 @@ def test_only_reads_the_dialogue() -> None:
     copy = [message.copy() for message in dialogue]
     ListingAssistant().reply(dialogue)
     assert dialogue == copy
+
+
+def test_answers_word_by_word() -> None:
+    """The pieces are words, and together the answer with its line breaks."""
+    dialogue = talk(*ANSWERS[:4])
+    dialogue.append({"role": "user", "content": ANSWERS[4]})
+    pieces = list(ListingAssistant().answer(dialogue))
+    assert "".join(pieces) == ListingAssistant().reply(dialogue)
+    assert max(len(piece.split()) for piece in pieces) == 1
+
+
+def test_a_finished_listing_is_enough_to_go_on() -> None:
+    """Where only the end of a long dialogue is shown, the facts are taken from the listing in it."""
+    end = talk(*ANSWERS)[-1:]
+    assert "€ 99" in talk("change price to € 99", dialogue=end)[-1]["content"]
+    assert "For sale: Trek FX 2 bicycle, 2019, € 99" in end[-1]["content"]
+
+
+def test_what_was_left_out_stays_left_out() -> None:
+    """A listing without a brand is read back as one, and nobody is asked for it again."""
+    end = talk("table", "none", "none", "unknown", "free")[-1:]
+    assert "For sale: table, free" in talk("change price to free", dialogue=end)[-1]["content"]

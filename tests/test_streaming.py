@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -49,14 +49,18 @@ def pieced_together(heard: list[Event]) -> dict[int, str]:
     return seen
 
 
-def talk(server: Gunicorn, number: int) -> Listener:
-    """Say all turns in a conversation of one's own, each when the answer to the one before is there."""
+def begin(server: Gunicorn, number: int) -> tuple[Person, str]:
+    """Somebody, and the path of a conversation of theirs."""
     person = Person(server, f"user {number}")
-    path = person.begin()
+    return person, person.begin()
+
+
+def talk(person: Person, path: str, number: int) -> Listener:
+    """Say all turns, each when the answer to the one before is there."""
     listener = person.listen(path, patience=60)
     stream = listener.events()
     for turn, text in enumerate(TURNS, start=1):
-        assert person.say(path, f"{text} {number}", f"turn {turn}").status == 303
+        person.insist(path, f"{text} {number}", f"turn {turn}")
         while (event := next(stream)).kind != "entry" or event.data["seq"] < 2 * turn + 1:
             pass
     stream.close()
@@ -68,15 +72,32 @@ def test_fifty_conversations_stream_at_once(start: Start, store: str, new_url: C
     """Two workers with 32 threads serve 50 people who talk and listen at once, and each hears everything in order."""
     server = start(FLASK_PERSIST_SESSION_STORE=new_url(store), FLASK_CHAT_PACE="0.05")
     with ThreadPoolExecutor(MANY) as pool:
-        listeners = list(pool.map(lambda number: talk(server, number), range(MANY)))
+        listeners = list(pool.map(lambda number: talk(*begin(server, number), number), range(MANY)))
     for number, listener in enumerate(listeners):
-        told = entries(listener.heard)
-        assert [seq for seq, _, _ in told] == [1, 2, 3, 4, 5, 6, 7]
-        assert [text for _, role, text in told if role == "user"] == [f"{turn} {number}" for turn in TURNS]
-        assert told[-1][2] == f"So far: Trek {number} FX 2 {number} bicycle {number}. Which year is it from?"
+        heard_everything(listener, number)
         for to, text in pieced_together(listener.heard).items():
-            assert told[to][2].startswith(text)
+            assert entries(listener.heard)[to][2].startswith(text)
     assert any(pieced_together(listener.heard) for listener in listeners)
+
+
+def heard_everything(listener: Listener, number: int) -> None:
+    """Each turn and each answer came once and in order."""
+    told = entries(listener.heard)
+    assert [seq for seq, _, _ in told] == [1, 2, 3, 4, 5, 6, 7]
+    assert [text for _, role, text in told if role == "user"] == [f"{turn} {number}" for turn in TURNS]
+    assert told[-1][2] == f"So far: Trek {number} FX 2 {number} bicycle {number}. Which year is it from?"
+
+
+def test_killed_workers_lose_and_repeat_nothing(start: Start, new_url: Callable[[str], str]) -> None:
+    """While workers are killed again and again, each message and each answer of ten conversations is there, and once."""
+    server = start(FLASK_PERSIST_SESSION_STORE=new_url("sqlite"), FLASK_CHAT_PACE="0.1", FLASK_CHAT_STALE="1")
+    with ThreadPoolExecutor(10) as pool:
+        talks = [pool.submit(talk, *begin(server, number), number) for number in range(10)]
+        for _ in range(3):
+            wait(talks, timeout=2)
+            server.kill_worker(server.workers()[0])
+        for number, listener in enumerate(talks):
+            heard_everything(listener.result(), number)
 
 
 def test_a_dropped_connection_picks_up(start: Start) -> None:

@@ -126,6 +126,12 @@ class Gunicorn:
         assert pid != self._process.pid == os.getpgid(pid)
         os.kill(pid, signal.SIGKILL)
 
+    def workers(self) -> list[int]:
+        """The process ids of its workers."""
+        assert self._process is not None
+        pid = self._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def stop(self) -> None:
         self.kill()
         self._socket.close()

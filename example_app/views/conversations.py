@@ -8,7 +8,7 @@ from flask.typing import ResponseReturnValue
 from flask_persist_session import StoredSession
 
 from ..answers import problem_of, under_way
-from ..chat import SHOWN, Busy, current_chat
+from ..chat import SHOWN, Refused, current_chat
 from ..forms import guard, one_line, problem_with, see, wants_json
 
 LONGEST_MESSAGE = 4000
@@ -52,8 +52,8 @@ def send(conversation_id: str) -> ResponseReturnValue:
         return refuse(conversation, text, problem, 422)
     try:
         seq = chat.say(conversation, text, request.form.get("key", "")[:64])
-    except Busy as busy:
-        return refuse(conversation, text, str(busy), 409)
+    except Refused as refused:
+        return refuse(conversation, text, str(refused), 409)
     if wants_json():
         return jsonify(seq=seq, role="user", content=text), 202
     chat.answers.wait(conversation.id, seq, PATIENCE)
