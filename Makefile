@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
 
-.PHONY: demo test browser lint soak bench clean
+.PHONY: demo test browser screenshots lint soak bench clean
 
 demo: $(VENV)/demo.stamp
 	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its conversations stay in instance/sessions.db)"
@@ -17,6 +17,9 @@ test: browser
 # Finds a Chromium for the tests, or gets one; where that cannot be done, it says how, and fails only in CI.
 browser: $(VENV)/test.stamp
 	@$(BIN)/python -m tests.browser.chromium
+
+screenshots: browser
+	$(BIN)/python -m tests.browser.screenshots
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m soak

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from tests.browser.chromium import NoChromium, running
-from tests.browser.people import LOOKS, Devices
+from tests.browser.people import OPERATORS, Devices
 from tests.chatting import copy_of_example
 from tests.servers import DEADLINE
 from tests.web import Gunicorn
@@ -35,7 +35,7 @@ def serve(folder: Path, pace: str) -> Iterator[Gunicorn]:
         folder,
         *("--workers", "2", "--threads", "12"),
         FLASK_PERSIST_SESSION_MAX_PER_USER="2",
-        FLASK_CHAT_ADMINS=",".join(f"operator of {look}" for look in LOOKS),
+        FLASK_CHAT_ADMINS=",".join(OPERATORS),
         FLASK_CHAT_PACE=pace,
         FLASK_CHAT_STALE="2",
         FLASK_CHAT_STREAMS="8",

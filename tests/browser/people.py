@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import TracebackType
 from typing import Any
@@ -14,14 +15,8 @@ from tests.web import Gunicorn
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 SMALLEST: dict[str, Any] = {**PHONE, "viewport": {"width": 320, "height": 568}}
-#: How pages are looked at; there is an operator for each.
-LOOKS = {
-    "desktop": {**DESKTOP, "color_scheme": "light"},
-    "desktop-dark": {**DESKTOP, "color_scheme": "dark"},
-    "phone": {**PHONE, "color_scheme": "light"},
-    "phone-dark": {**PHONE, "color_scheme": "dark"},
-    "narrow": SMALLEST,
-}
+OPERATORS = [f"Olga the {number}" for number in range(1, 100)]
+_numbers = itertools.count(1)
 
 
 class Devices:
@@ -33,6 +28,7 @@ class Devices:
         self.complaints: list[str] = []
         self._browser = browser
         self._contexts: list[BrowserContext] = []
+        self._number = next(_numbers)
 
     def __enter__(self) -> Devices:
         return self
@@ -58,10 +54,14 @@ class Devices:
         return context.new_page()
 
     def of(self, name: str, **options: Any) -> Page:
-        """A page on another device, where somebody has signed in."""
+        """A page on another device, where somebody has signed in, whom other tests do not know."""
         page = self.new(**options)
-        sign_in(page, name)
+        sign_in(page, self.full(name))
         return page
+
+    def full(self, name: str) -> str:
+        """The name of somebody whom other tests do not know; Olga is an operator."""
+        return f"{name} the {self._number}"
 
     def forgive(self, pattern: str) -> None:
         """Drop the complaints that a test is about."""

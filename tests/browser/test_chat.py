@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import expect
 
-from tests.browser.people import Devices, answers, begin, dialogue, growing, is_marked, mark, say, sign_in
+from tests.browser.people import Devices, answers, begin, dialogue, growing, is_marked, mark, say
 
 HELLO = re.compile("What would you like to sell\\?$")
 BRAND = "So far: bicycle. Which brand is it?"
@@ -194,6 +194,5 @@ def test_a_dialogue_on_another_device(devices: Devices) -> None:
     say(page, "a bicycle")
     expect(dialogue(page)).to_have_count(3)
 
-    other = devices.new()
-    sign_in(other, "Hedy")
+    other = devices.of("Hedy")
     expect(dialogue(other)).to_have_text([HELLO, "a bicycle", BRAND])

@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.people import Devices, begin, is_marked, mark, say, sign_in
+from tests.browser.people import Devices, begin, is_marked, mark, say
 
 REVOKED = "You were signed out here: this session was ended from elsewhere."
 EVICTED = "You were signed out here: you signed in on another device, and only 2 sessions are allowed at once."
@@ -62,8 +62,7 @@ def test_the_cap(devices: Devices) -> None:
     begin(first)
     mark(first)
 
-    third = devices.new()
-    sign_in(third, "Barbara")
+    devices.of("Barbara")
 
     expect_told(first, EVICTED)
     assert is_marked(first)
