@@ -247,7 +247,7 @@ def _query_parameters(query: type[schemas.Query]) -> Iterator[dict[str, Any]]:
 
 
 def _headers(operation: Operation) -> Iterator[dict[str, Any]]:
-    version = {"type": "string", "examples": ['"3"']}
+    version = {"type": "string", "examples": ["*", '"3"']}
     if operation.version:
         text = "The ETag of the version to be changed; `*`: whatever version."
         yield _parameter("If-Match", "header", version | {"description": text}, required=operation.version == "required")
