@@ -8,6 +8,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -146,7 +147,7 @@ def test_what_authorize_raises_does_not_tell_whether_a_session_exists(app: Flask
 
     client, there = serve(app, authorize), chats(app).create(user_id="7").id
     answers = [client.get(f"/api/sessions/{session_id}") for session_id in (there, NOBODYS)]
-    assert [problem(answer, 401) for answer in answers][0] == problem(answers[1], 401)
+    assert problem(answers[0], 401) == problem(answers[1], 401)
     assert asked == [("read", there, "7", False), ("read", NOBODYS, None, True)]
 
 
@@ -213,7 +214,7 @@ def test_no_tenant_is_no_access(app: Flask) -> None:
 
 def test_no_api_for_the_sessions_of_browsers() -> None:
     """The namespace of ``flask.session`` is refused: what is in it says who is signed in."""
-    with pytest.raises(ConfigError, match="'web' is the namespace of flask.session"):
+    with pytest.raises(ConfigError, match="'web' is the namespace"):
         api_blueprint(anybody, "web")
 
 
@@ -265,7 +266,7 @@ def test_the_token_is_never_told(client: FlaskClient) -> None:
 
 def test_created_as_asked(store_url: str, make_app: MakeApp) -> None:
     """A session is created with all that was sent, and is where Location says, with its version as ETag."""
-    client = serve(make_app(store_url))
+    client = serve(make_app(store_url, PERSIST_SESSION_RENEW_INTERVAL=0))
     asked = {"user_id": "7", "tenant_id": "t", "data": {"a": [1, None]}, "metadata": {"title": "x"}, "tags": ["b", "a"]}
     response = create(client, **asked, lifetime=90)
     assert response.status_code == 201
@@ -300,7 +301,7 @@ def test_an_expired_session_has_another_etag(app: Flask, client: FlaskClient, cl
     chats(app).clock = clock
     url = create(client, lifetime=60).headers["Location"]
     before = client.get(url)
-    clock.advance(61)
+    clock.advance(200)
     after = client.get(url, headers={"If-None-Match": before.headers["ETag"]})
     assert (before.json["state"], after.json["state"]) == ("active", "expired")
     problem(client.patch(url, json={}, headers={"If-Match": before.headers["ETag"]}), 409, "session-ended")
@@ -453,7 +454,7 @@ def test_pages_follow_each_other(store_url: str, make_app: MakeApp, order: str) 
     found = list(pages(client, url))
     assert [len(page) for page in found] == [3, 3, 1]
     expected = [record.id for record in chats(app).find(user_id="7", order_by=order)]
-    assert sum(found, []) == expected
+    assert [session_id for page in found for session_id in page] == expected
 
 
 def test_a_page_is_not_shifted_by_what_comes_meanwhile(client: FlaskClient) -> None:
@@ -463,7 +464,7 @@ def test_a_page_is_not_shifted_by_what_comes_meanwhile(client: FlaskClient) -> N
     assert next(walk) == made[:2]
     client.delete(f"/api/sessions/{made[0]}")
     late = create(client, user_id="7").json["id"]
-    assert sum(walk, []) == [*made[2:], late]
+    assert [session_id for page in walk for session_id in page] == [*made[2:], late]
 
 
 def test_lists_show_active_sessions_unless_asked(client: FlaskClient) -> None:
@@ -597,7 +598,6 @@ def test_an_idempotency_key_that_is_none_is_refused(client: FlaskClient) -> None
     url = create(client).headers["Location"]
     body = {"entries": [{"role": "user", "content": "hi"}]}
     response = client.post(f"{url}/history", json=body, headers={"Idempotency-Key": "k" * 513})
-    assert problem(response, 422)["errors"][0]["location"] == "header" if False else True
     document = problem(response, 422, "invalid-request")
     assert [(error["location"], error["field"]) for error in document["errors"]] == [("header", "idempotency_key")]
 
@@ -743,8 +743,9 @@ def test_the_parameters_of_a_query_that_is_not_valid_are_named(client: FlaskClie
     assert [(error["location"], error["field"]) for error in document["errors"]] == [("query", field)]
 
 
-def test_what_no_store_can_keep_is_said(client: FlaskClient) -> None:
+def test_what_cannot_be_kept_is_said(make_app: MakeApp) -> None:
     """What has the right form and cannot be stored is refused with the reason, and changes nothing."""
+    client = serve(make_app(PERSIST_SESSION_SERIALIZER="json"))
     deep: Any = 1
     for _ in range(110):
         deep = {"x": deep}
@@ -822,9 +823,7 @@ def test_a_session_that_cannot_be_read_is_missing(app: Flask, client: FlaskClien
     """A corrupt session costs that one, and is told as one that does not exist."""
     session = chats(app).create({"x": 1})
     broken = chats(app).existing(session.id).record
-    import dataclasses
-
-    chats(app).store.save(dataclasses.replace(broken, data=b"\xff\xff", version=2), expected=1)
+    chats(app).store.save(replace(broken, data=b"\xff\xff", version=2), expected=1)
     problem(client.get(f"/api/sessions/{session.id}"), 404, "no-session")
 
 
