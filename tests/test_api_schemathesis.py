@@ -64,4 +64,4 @@ def test_whatever_is_sent_is_answered_as_the_document_says(app: Flask) -> None:
                 if recorder.interactions[case_id].response.status_code < 300:
                     successes.add(recorder.cases[case_id].value.operation.definition.raw["operationId"])
     assert not failures, "\n\n".join(failures)
-    assert successes == {operation.name for operation in OPERATIONS}
+    assert successes == {operation.name for operation in OPERATIONS} - {"openapi"}  # which was read before

@@ -146,7 +146,7 @@ DRIVERS = {
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},
     "ua_parser": {"web.devices"},
-    "pydantic": {"web.api", "web.api_openapi", "web.api_schemas"},
+    "pydantic": {"web.api_schemas"},
 }
 OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "ua_parser", "pydantic", "hypothesis", "pytest")
 #: Which layers may import what of Flask.

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Response, request, url_for
 from flask.blueprints import BlueprintSetupState
 from flask.wrappers import Request
-from pydantic import ValidationError
 from werkzeug.exceptions import BadRequest, MethodNotAllowed, NotFound
 
 from ..exceptions import ConfigError, SessionConflict
@@ -28,6 +27,7 @@ from ..stores.base import combined
 from . import api_openapi, api_problems, api_schemas
 from .api_openapi import OPERATIONS, Operation
 from .api_problems import Problem
+from .api_schemas import ValidationError
 
 #: Every method that a path of the API answers itself, be it with a 405.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
@@ -366,10 +366,9 @@ def _read_body(operation: Operation) -> Any:
     try:
         return operation.body.model_validate_json(request.get_data())
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False, include_input=False)
-        if wrong[0]["type"] == "json_invalid":
-            raise BadRequest(f"The body is no JSON: {wrong[0]['msg']}.") from None
-        raise _invalid_request(api_schemas.field_errors(wrong, "body")) from None
+        if why := api_schemas.json_error(error):
+            raise BadRequest(f"The body is no JSON: {why}.") from None
+        raise _invalid_request(api_schemas.field_errors(error, "body")) from None
 
 
 def _idempotency_key() -> str | None:
@@ -382,8 +381,7 @@ def _checked(model: type[api_schemas.Query], given: dict[str, Any], location: st
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False, include_input=False)
-        raise _invalid_request(api_schemas.field_errors(wrong, location)) from None
+        raise _invalid_request(api_schemas.field_errors(error, location)) from None
 
 
 @contextmanager

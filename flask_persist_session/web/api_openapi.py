@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
-
 from ..version import __version__
 from . import api_problems as problems
 from . import api_schemas as schemas
 from .api_problems import Kind
+from .api_schemas import BaseModel
 
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
@@ -209,11 +207,7 @@ def document(base: str) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     taken = {operation.body for operation in OPERATIONS if operation.body}
     given = {model for operation in OPERATIONS for model in operation.answers.values() if model}
-    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in taken]
-    models += [(model, "serialization") for model in given | {schemas.ProblemDocument}]
-    _, definitions = models_json_schema(sorted(models, key=lambda item: item[0].__name__), ref_template=_REF)
-    found: dict[str, Any] = definitions["$defs"]
-    return found
+    return schemas.definitions(taken, given | {schemas.ProblemDocument}, _REF)
 
 
 def _operation(operation: Operation) -> dict[str, Any]:
@@ -247,7 +241,7 @@ def _query_parameters(query: type[schemas.Query]) -> Iterator[dict[str, Any]]:
 
 
 def _headers(operation: Operation) -> Iterator[dict[str, Any]]:
-    version = {"type": "string", "examples": ['"3"']}
+    version = {"type": "string", "examples": ["*", '"3"']}
     if operation.version:
         text = "The ETag of the version to be changed; `*`: whatever version."
         yield _parameter("If-Match", "header", version | {"description": text}, required=operation.version == "required")

@@ -16,7 +16,10 @@ from ..stores.base import LONGEST_NAME
 from ..stores.history import LONGEST_KEY
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+    from pydantic import BaseModel as BaseModel  # the other modules of the API have these two from here
+    from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+    from pydantic import ValidationError as ValidationError
+    from pydantic.json_schema import JsonSchemaMode, models_json_schema
 except ImportError as error:
     raise ConfigError("the HTTP API needs pydantic: pip install 'Flask-Persist-Session[api]'") from error
 
@@ -124,7 +127,7 @@ class UserSessionsQuery(Query):
 
     tenant_id: Name | None = None
     tags: list[Tag] = Field([], max_length=MOST, description="All of these; repeat the parameter.")
-    state: State | Literal["any"] = "active"
+    state: Literal["active", "expired", "ended", "any"] = "active"
     created_after: Moment | None = None
     created_before: Moment | None = None
     accessed_after: Moment | None = None
@@ -366,8 +369,27 @@ def load_cursor(order: str, cursor: str) -> Position:
     return value, session_id
 
 
-def field_errors(errors: Iterable[Mapping[str, Any]], location: str) -> list[dict[str, str]]:
+# What pydantic says ---------------------------------------------------------------------------------------------------
+
+
+def field_errors(error: ValidationError, location: str) -> list[dict[str, str]]:
     """What is wrong with each field of a request, in words and without what was sent."""
-    return [
-        {"location": location, "field": ".".join(map(str, error["loc"])), "detail": str(error["msg"])} for error in errors
-    ]
+    wrong = error.errors(include_url=False, include_context=False, include_input=False)
+    return [{"location": location, "field": ".".join(map(str, one["loc"])), "detail": one["msg"]} for one in wrong]
+
+
+def json_error(error: ValidationError) -> str | None:
+    """Why a body is no JSON; ``None`` if it is."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return first["msg"] if first["type"] == "json_invalid" else None
+
+
+def definitions(
+    taken: Iterable[type[BaseModel]], given: Iterable[type[BaseModel]], ref_template: str
+) -> dict[str, dict[str, Any]]:
+    """The JSON schemas of models that are taken from clients, and of those that are given to them, by name."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in taken]
+    models += [(model, "serialization") for model in given]
+    _, schemas = models_json_schema(sorted(models, key=lambda item: item[0].__name__), ref_template=ref_template)
+    found: dict[str, dict[str, Any]] = schemas["$defs"]
+    return found
