@@ -1,5 +1,6 @@
 """The example application, through Flask's test client."""
 
+import ast
 import html
 import re
 import time
@@ -11,6 +12,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+import example_app
+import flask_persist_session
 from example_app import create_app
 from example_app.secret_key import lasting_secret_key
 from flask_persist_session import ConfigError, SessionManager
@@ -597,3 +600,14 @@ def test_workers_agree_on_the_secret_key(tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             keys = list(pool.map(lasting_secret_key, [tmp_path / str(number)] * 8))
         assert len(set(keys)) == 1
+
+
+def test_imports_public_names_alone() -> None:
+    """The example is an application as any other: of the package it knows what is documented."""
+    imported: set[tuple[str, str]] = set()
+    for file in Path(example_app.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flask_persist_session"):
+                imported |= {(str(node.module), alias.name) for alias in node.names}
+    public = {("flask_persist_session", name) for name in flask_persist_session.__all__}
+    assert imported - public == {("flask_persist_session.web.devices", "devices_blueprint")}

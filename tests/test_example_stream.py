@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from threading import Semaphore
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from example_app import answers, create_app, streaming
 from example_app.answers import Answers
 from example_app.assistant import Message
 from example_app.chat import Chat
-from example_app.streaming import LIFE, Stream
-from flask_persist_session import StoredSession
+from example_app.streaming import LIFE, Stream, in_turn
+from flask_persist_session import StoredSession, StoreUnavailable
 
 
 class Time:
@@ -176,3 +177,50 @@ def test_the_cost_of_an_answer_goes_by_its_time(
     claimed_and_finished = 2
     assert chat.of("Ada", talk.id).version - before <= 30 + claimed_and_finished
     assert chat.sessions.history(talk.id).count() == 3
+
+
+def test_a_browser_that_leaves_gives_its_seat_back(app: Flask, chat: Chat, talk: StoredSession, time: Time) -> None:
+    """A stream that is closed, wherever it is, leaves the thread's seat to others."""
+    seats = Semaphore(1)
+    told = in_turn(stream(app, chat, talk), seats)
+    assert next(told) == "retry: 500\n\n"
+    assert not seats.acquire(blocking=False)
+    told.close()  # type: ignore[attr-defined]
+    assert seats.acquire(blocking=False)
+
+
+def test_a_store_that_is_down_ends_the_stream(
+    app: Flask, chat: Chat, talk: StoredSession, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was told stays told, the seat is given back, and the browser may come again."""
+    seats = Semaphore(1)
+    told = in_turn(stream(app, chat, talk), seats)
+    assert "event: entry" in next(piece for piece in told if "event: " in piece)
+
+    def down(session_id: str) -> None:
+        raise StoreUnavailable("no store")
+
+    monkeypatch.setattr(chat.sessions.store, "get", down)
+    assert not [piece for piece in told if "event: entry" in piece]
+    assert seats.acquire(blocking=False)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("logout", "You have signed out."),
+        ("revoked", "You were signed out here: this session was ended from elsewhere."),
+        ("evicted", "You were signed out here: you signed in on another device, and only 5 sessions are allowed at once."),
+    ],
+)
+def test_a_stream_says_why_it_was_signed_out(
+    app: Flask, chat: Chat, talk: StoredSession, time: Time, reason: str, words: str
+) -> None:
+    """Soon after the session behind the cookie has ended, the stream tells why, and nothing else any more."""
+    web = chat.web.create(user_id="Ada")
+    told = Stream(app, chat, talk.id, web.id, 0).events()
+    next(told)
+    chat.web.end(web.id, reason)
+    last = [piece for piece in told if "event: " in piece][-1]
+    assert last == f'event: signed-out\ndata: {{"words": "{words}"}}\n\n'
+    assert time.now - 1000 < 2 * streaming.SIGN_IN_EVERY
