@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 
 from flask_persist_session import (
+    HistoryConflict,
     SerializationError,
     SessionConflict,
+    SessionLimitReached,
     SessionManager,
     SessionNotFound,
+    SessionQuery,
     SessionStore,
+    SessionTooLarge,
     StoredSession,
     open_store,
     session_corrupt,
+    session_created,
     session_expired,
+    session_saved,
 )
 from flask_persist_session.ending import EndingReport
 from tests.conftest import Clock
@@ -222,3 +228,300 @@ def test_a_session_that_was_changed_meanwhile_does_not_make_way(chats: SessionMa
     with pytest.raises(SessionConflict):
         chats.make_way(seen)
     assert chats.look_up(chat.id).metadata == {"summary": "new"}
+
+
+# Editing --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_within_a_value_of_the_metadata_is_noticed(chats: SessionManager) -> None:
+    """As it is in the data."""
+    chat = chats.create(metadata={"topics": ["trips"], "of": {"a": 1}})
+    with chats.edit(chat.id) as session:
+        session.metadata["topics"].append("food")  # type: ignore[union-attr]
+        session.metadata["of"]["a"] = 2  # type: ignore[index, call-overload]
+    assert chats.existing(chat.id).metadata == {"topics": ["trips", "food"], "of": {"a": 2}}
+
+
+def test_an_edit_of_a_version_is_told_of(chats: SessionManager) -> None:
+    """As any other save."""
+    chat = chats.create({"a": 1})
+    with heard(session_saved, chats) as events, chats.edit(chat.id, expected_version=1) as session:
+        session.data["a"] = 2
+    assert [event.session_id for event in events] == [chat.id]
+
+
+def test_an_edit_of_a_version_that_ends_meanwhile_is_told(chats: SessionManager) -> None:
+    """Not as a conflict, after which it could be tried again, but as what it is."""
+    chat = chats.create({"a": 1})
+
+    def attempt() -> None:
+        with chats.edit(chat.id, expected_version=1) as session:
+            session.data["a"] = 2
+            chats.end(chat.id, "closed")
+
+    with pytest.raises(SessionNotFound, match="closed"):
+        attempt()
+
+
+@pytest.mark.parametrize("move", ["extend", "refresh"])
+def test_moving_the_expiry_takes_others_into_account(
+    chats: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch, move: str
+) -> None:
+    """What somebody else saves at this moment is kept, and the expiry moves all the same."""
+    chat = chats.create({"a": 1})
+    clock.advance(10)
+
+    def change() -> None:
+        with chats.edit(chat.id) as session:
+            session.data["a"] = 2
+
+    meanwhile(monkeypatch, chats.store, "save", change)
+    moved = chats.extend(chat.id, 500) if move == "extend" else chats.refresh(chat.id)
+    assert moved == chats.look_up(chat.id).expires_at == chat.expires_at + (510 if move == "extend" else 10)
+    assert chats.existing(chat.id).data == {"a": 2}
+
+
+def test_the_answer_of_extending_is_when_it_really_expires(memory: SessionStore, clock: Clock) -> None:
+    """Where an absolute timeout was set since, that counts, and not what is stored."""
+    chat = chats_on(memory, clock, idle_timeout=lambda: 5000.0).create()
+    chats = chats_on(memory, clock, idle_timeout=lambda: 5000.0, absolute_timeout=1000.0)
+    assert chats.extend(chat.id, 60) == chat.created_at + 1000
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_a_session_is_deleted_in_the_version_that_was_seen(chats: SessionManager, seen: int) -> None:
+    """In another one it stays."""
+    chat = chats.create({"a": 1})
+    with chats.edit(chat.id) as session:
+        session.data["a"] = 2
+    if seen == 2:
+        assert chats.delete(chat.id, expected_version=2)
+        assert chats.get(chat.id) is None
+        return
+    with pytest.raises(SessionConflict, match="expected version 1, but it is version 2"):
+        chats.delete(chat.id, expected_version=1)
+    assert chats.existing(chat.id).data == {"a": 2}
+
+
+def test_what_cannot_be_read_is_not_deleted_as_a_version(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can know whether it is that version."""
+    chat = chats.create({"a": 1})
+
+    def damaged(_: str) -> Any:
+        raise SerializationError("damaged")
+
+    monkeypatch.setattr(chats.store, "get", damaged)
+    with pytest.raises(SerializationError):
+        chats.delete(chat.id, expected_version=1)
+    monkeypatch.undo()
+    assert chats.get(chat.id) is not None
+
+
+# Many -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bulk_change_leaves_what_has_expired(chats: SessionManager, clock: Clock) -> None:
+    """Though it is still in the store."""
+    expired = chats.create()
+    clock.advance(IDLE + 1)
+    assert chats.update_many(SessionQuery(), add_tags=["x"]) == 0
+    assert chats.look_up(expired.id).tags == frozenset()
+
+
+def test_a_bulk_change_is_told_of(chats: SessionManager) -> None:
+    """One event for each session that was changed."""
+    made = {chats.create({"a": number}).id for number in range(3)}
+    chats.create({"b": 1})
+    with heard(session_saved, chats) as events:
+        chats.update_many(SessionQuery(), data={"b": 1})
+    assert {event.session_id for event in events} == made
+
+
+def test_a_bulk_change_goes_on_behind_a_damaged_session(chats: SessionManager) -> None:
+    """That costs itself, and is reported."""
+    made = [chats.create({"a": number}) for number in range(3)]
+    chats.store.save(replace(made[1].record, data=b"\xff", version=2), expected=1)
+    with heard(session_corrupt, chats) as events:
+        assert chats.update_many(SessionQuery(), data={"b": 1}) == 2
+    assert [event.session_id for event in events] == [made[1].id]
+    assert [chats.existing(made[number].id).data for number in (0, 2)] == [{"a": 0, "b": 1}, {"a": 2, "b": 1}]
+
+
+def test_all_parts_of_a_bulk_change_are_merged(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata and both kinds of tags too, where somebody else changes a session at this moment."""
+    chat = chats.create({"a": 1}, metadata={"m": 1}, tags=["old", "kept"])
+
+    def change() -> None:
+        with chats.edit(chat.id) as session:
+            session.metadata["n"] = 2
+            session.tags.add("more")
+
+    meanwhile(monkeypatch, chats.store, "save_many", change)
+    done = chats.update_many(SessionQuery(), metadata={"k": "v"}, add_tags=["new"], remove_tags=["old"])
+    found = chats.existing(chat.id)
+    assert (done, found.metadata) == (1, {"m": 1, "n": 2, "k": "v"})
+    assert found.tags == {"kept", "more", "new"}
+
+
+@pytest.mark.parametrize("what", ["ended", "done by another"])
+def test_what_a_bulk_change_did_not_change_is_not_counted(
+    chats: SessionManager, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Because it ended at this moment, or because somebody else made the same change."""
+    chat = chats.create({"a": 1})
+
+    def change() -> None:
+        if what == "ended":
+            chats.end(chat.id)
+        else:
+            chats.update_many(SessionQuery(), add_tags=["x"])
+
+    meanwhile(monkeypatch, chats.store, "save_many", change)
+    assert chats.update_many(SessionQuery(), add_tags=["x"]) == 0
+
+
+# Together -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_transaction_creates_is_as_it_was_described(chats: SessionManager, clock: Clock) -> None:
+    """Under its key, within its tenant, with its metadata and lifetime; and it is told of."""
+    with heard(session_created, chats) as events, chats.transaction() as together:
+        made = together.create({"a": 1}, user_id=7, tenant_id="acme", metadata={"m": 1}, tags=["x"], lifetime=60, key="k")
+    found = chats.resume_or_create(key="k", user_id="7", tenant_id="acme")
+    assert (found.new, found.id, found.data) == (False, made.id, {"a": 1})
+    assert (found.metadata, found.tags, found.expires_at) == ({"m": 1, "lifetime": 60}, {"x"}, clock() + 60)
+    assert [event.session_id for event in events] == [made.id]
+
+
+@pytest.mark.parametrize("state", ["active", "ended"])
+def test_a_transaction_creates_under_a_key_that_is_free(chats: SessionManager, state: str) -> None:
+    """What has ended under it is kept beside; an active session is a conflict, and stays as it is."""
+    old = chats.create({"step": 1}, key="k", user_id="ada")
+    if state == "active":
+        with pytest.raises(SessionConflict, match="active already"), chats.transaction() as together:
+            together.create({"step": 2}, key="k", user_id="ada")
+        assert chats.existing(old.id).data == {"step": 1}
+        return
+    chats.end(old.id)
+    with chats.transaction() as together:
+        together.create({"step": 2}, key="k", user_id="ada")
+    assert chats.existing(old.id).data == {"step": 2}
+    assert [chats.decode(record) for record in chats.find(state="ended")] == [{"step": 1}]
+
+
+def test_what_a_transaction_deletes_leaves_nothing(chats: SessionManager) -> None:
+    """Neither data nor description nor history."""
+    chat = chats.create({"a": 1}, metadata={"title": "Trip"}, tags=["x"])
+    say(chats, chat, "one")
+    with chats.transaction() as together:
+        together.delete(chat.id)
+    record = chats.look_up(chat.id)
+    assert (record.data, record.metadata, record.tags) == (b"", {}, frozenset())
+    assert chats.store.history.count(chat.id) == 0
+
+
+def test_a_transaction_does_not_end_a_session_that_was_changed_meanwhile(chats: SessionManager) -> None:
+    """Whoever ended it on account of what it said has not seen all."""
+    chat, other = chats.create({"n": 1}), chats.create({"n": 1})
+
+    def attempt(end: str) -> None:
+        with chats.transaction() as together:
+            together.get(other.id).data["n"] = 5
+            getattr(together, end)(chat.id)
+            with chats.edit(chat.id) as session:
+                session.data["n"] += 1
+
+    for end in "end", "delete":
+        with pytest.raises(SessionConflict, match=chat.id):
+            attempt(end)
+    assert (chats.existing(chat.id).data, chats.existing(other.id).data) == ({"n": 3}, {"n": 1})
+
+
+def test_what_a_transaction_only_reads_may_change(chats: SessionManager) -> None:
+    """It is no conflict, and keeps what others stored."""
+    read, changed = chats.create({"n": 1}), chats.create()
+    with chats.transaction() as together:
+        together.get(changed.id).data["sum"] = together.get(read.id).data["n"]
+        with chats.edit(read.id) as session:
+            session.data["n"] = 2
+    assert (chats.existing(read.id).data, chats.existing(changed.id).data) == ({"n": 2}, {"sum": 1})
+
+
+def test_a_transaction_ends_no_session_as_regenerated(chats: SessionManager) -> None:
+    """That reason says that it goes on under another token."""
+    chat = chats.create()
+    with pytest.raises(ValueError, match="regenerated"), chats.transaction() as together:
+        together.end(chat.id, "regenerated")
+    assert chats.get(chat.id) is not None
+
+
+def test_a_session_of_a_transaction_can_be_gone_on_with(chats: SessionManager) -> None:
+    """It is the version that was stored, and its next change is none of others."""
+    chat = chats.create({"n": 1})
+    with chats.transaction() as together:
+        session = together.get(chat.id)
+        session.data["n"] = 2
+        session.metadata["m"] = 1
+    assert (session.version, session.redescribed()) == (2, None)
+    assert chats.save(session) == "unchanged"
+
+
+def test_what_transactions_create_counts_for_the_limit_of_the_store(memory: SessionStore, clock: Clock) -> None:
+    """Without the store being counted each time."""
+    chats = chats_on(memory, clock, max_sessions=2)
+    for _ in range(2):
+        with chats.transaction() as together:
+            together.create()
+    with pytest.raises(SessionLimitReached):
+        chats.create()
+
+
+def test_a_tenants_transaction_creates_within_it(chats: SessionManager) -> None:
+    """Nobody need say so, and nobody can say otherwise."""
+    acme = chats.for_tenant("acme")
+    with acme.transaction() as together:
+        made = together.create(user_id="ada")
+        with pytest.raises(ValueError, match="knows no 'other'"):
+            together.create(tenant_id="other")
+    assert chats.existing(made.id).tenant_id == "acme"
+
+
+def test_after_an_edit_its_metadata_are_those_that_were_stored(chats: SessionManager) -> None:
+    """Merged with what others changed meanwhile."""
+    chat = chats.create(metadata={"a": 1})
+    with chats.edit(chat.id) as session:
+        session.metadata["b"] = 2
+        with chats.edit(chat.id) as other:
+            other.metadata["c"] = 3
+            other.tags.add("x")
+    assert (session.metadata, session.tags) == ({"a": 1, "b": 2, "c": 3}, {"x"})
+    assert session.redescribed() is None
+
+
+# Histories ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_may_have_just_so_many_bytes(memory: SessionStore, clock: Clock) -> None:
+    """One more is too many."""
+    entry = {"role": "user", "content": "x" * 50}
+    probe = chats_on(memory, clock)
+    sample = probe.create()
+    probe.history(sample.id).append(entry)
+    [stored] = memory.namespace("chat").history.read(sample.id)
+    for max_bytes in len(stored.data), len(stored.data) - 1:
+        chats = chats_on(memory, clock, max_bytes=max_bytes)
+        history = chats.history(chats.create().id)
+        if max_bytes == len(stored.data):
+            assert history.append(entry) == 1
+        else:
+            with pytest.raises(SessionTooLarge, match="max_bytes"):
+                history.append(entry)
+
+
+def test_a_conflict_does_not_carry_a_whole_dialogue(chats: SessionManager) -> None:
+    """Whoever missed more than a hundred entries gets the first of them, from which to read on."""
+    chat = chats.create()
+    say(chats, chat, *range(1, 250))
+    with pytest.raises(HistoryConflict) as conflict:
+        chats.history(chat.id).append({"role": "user", "content": "mine"}, expected_seq=20)
+    assert [entry.seq for entry in conflict.value.missed] == list(range(21, 121))
