@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Event, current_thread
 from typing import Any
 
 import pytest
+from flask import Flask
 
 from flask_persist_session import (
+    ConfigError,
     HistoryConflict,
+    PersistSession,
     SerializationError,
     SessionConflict,
     SessionLimitReached,
@@ -20,15 +24,21 @@ from flask_persist_session import (
     SessionStore,
     SessionTooLarge,
     StoredSession,
+    StoreError,
     open_store,
     session_corrupt,
     session_created,
+    session_ended,
     session_expired,
     session_saved,
 )
+from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import EndingReport
+from flask_persist_session.sweeper import Sweeper
 from tests.conftest import Clock
+from tests.servers import wait_until
 
+MakeApp = Callable[..., Flask]
 IDLE = 600.0
 
 
@@ -525,3 +535,260 @@ def test_a_conflict_does_not_carry_a_whole_dialogue(chats: SessionManager) -> No
     with pytest.raises(HistoryConflict) as conflict:
         chats.history(chat.id).append({"role": "user", "content": "mine"}, expected_seq=20)
     assert [entry.seq for entry in conflict.value.missed] == list(range(21, 121))
+
+
+def test_a_search_leaves_nothing_out_between_its_pages(chats: SessionManager) -> None:
+    """Every entry of a long history is looked at, once."""
+    chat = chats.create()
+    say(chats, chat, *(f"needle {number}" for number in range(1, 1203)))
+    found = chats.history(chat.id).search("needle", limit=2000)
+    assert [entry.seq for entry in found] == list(range(1, 1203))
+
+
+def test_what_can_be_decoded_but_is_no_entry_is_named(chats: SessionManager) -> None:
+    """As damage is, and not by an error of Python."""
+    chat = chats.create({"no": "entry"})
+    chats.store.history.append(chat.id, [chat.record.data], created_at=1.0)
+    with pytest.raises(SerializationError, match=f"entry 1 of the history of {chat.id}"):
+        chats.history(chat.id).latest()
+
+
+# Endings --------------------------------------------------------------------------------------------------------------
+
+
+def test_that_a_session_ended_is_not_told_again_when_it_is_handed_over(memory: SessionStore, clock: Clock) -> None:
+    """It was told when it ended, however often its handler is called."""
+
+    def fails(_: StoredSession) -> None:
+        raise RuntimeError
+
+    chats = chats_on(memory, clock, on_end=fails)
+    with heard(session_ended, chats) as ended, heard(session_expired, chats) as expired:
+        chats.end(chats.create().id, "closed")
+        for _ in range(2):
+            assert chats.process_ended() == EndingReport(failed=1)
+            clock.advance(1000)
+    assert ([event.reason for event in ended], expired) == (["closed"], [])
+
+
+def test_a_receiver_that_fails_does_not_keep_a_session_from_its_handler(memory: SessionStore, clock: Clock) -> None:
+    """In the background what receivers raise is logged, and the session that has expired is handed over all the same."""
+    got: list[str] = []
+
+    def handler(session: StoredSession) -> None:
+        got.append(session.id)
+
+    def fails(_sender: object, event: Any) -> None:
+        raise RuntimeError("a receiver")
+
+    chats = chats_on(memory, clock, on_end=handler)
+    chat = chats.create()
+    sweeper = Sweeper({"chat": chats}, 600)
+    clock.advance(250)  # less than a clock that was set
+    chats.store.save(replace(chat.record, expires_at=clock(), version=2), expected=1)
+    with session_expired.connected_to(fails, chats):
+        assert sweeper.sweep()
+    assert got == [chat.id]
+
+
+def test_a_summary_that_somebody_else_kept_stays(memory: SessionStore, clock: Clock) -> None:
+    """A worker that was given up for dead and comes back late changes nothing."""
+
+    def late(_: StoredSession) -> str:
+        clock.advance(100)
+        assert other.process_ended() == EndingReport(processed=1)
+        return "too late"
+
+    other = chats_on(memory, clock, on_end=lambda session: "in time")
+    chats = chats_on(memory, clock, on_end=late)
+    chat = chats.create()
+    chats.end(chat.id)
+    assert chats.process_ended() == EndingReport()
+    assert chats.look_up(chat.id).metadata["summary"] == "in time"
+
+
+def test_a_worker_puts_off_only_what_it_still_has(memory: SessionStore, clock: Clock) -> None:
+    """Not what another one has taken since, whose pause that would change."""
+    chats = chats_on(memory, clock, on_end=lambda session: None)
+    chat = chats.create()
+    chats.end(chat.id)
+    taken = chats._take(chats.look_up(chat.id), lambda send: send())
+    clock.advance(100)
+    again = chats._take(chats.look_up(chat.id), lambda send: send())
+    assert taken is not None
+    clock.advance(1)
+    chats._put_off(taken)
+    assert chats.look_up(chat.id) == again
+
+
+def test_a_handler_that_is_interrupted_is_not_a_failure(memory: SessionStore, clock: Clock) -> None:
+    """Ctrl-C ends the process; the session is due again."""
+
+    def interrupted(_: StoredSession) -> None:
+        raise KeyboardInterrupt
+
+    chats = chats_on(memory, clock, on_end=interrupted)
+    chats.end(chats.create().id)
+    with pytest.raises(KeyboardInterrupt):
+        chats.process_ended()
+    clock.advance(100)
+    assert chats_on(memory, clock, on_end=lambda session: None).process_ended() == EndingReport(processed=1)
+
+
+def test_a_store_that_fails_while_a_handler_runs(
+    memory: SessionStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That the session could not be put off is logged, and tried again; the handler goes on."""
+    monkeypatch.setattr(ending_module, "_BEAT", 0.001)
+    get, failed = memory.namespace("chat").get, Event()
+
+    def failing(session_id: str) -> Any:
+        if current_thread().name == "session-ending" and not failed.is_set():
+            failed.set()
+            raise StoreError("away for a moment")
+        return get(session_id)
+
+    def slow(session: StoredSession) -> str:
+        monkeypatch.setattr(chats.store, "get", failing)
+        assert failed.wait(30)
+        before = get(session.id)
+        wait_until(lambda: get(session.id) != before, "the next beat")
+        return "done"
+
+    chats = chats_on(memory, clock, on_end=slow)
+    chats.end(chats.create().id)
+    assert chats.process_ended() == EndingReport(processed=1)
+    assert "may be handled twice: away for a moment" in caplog.text
+
+
+# Namespaces -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_namespace_does_as_its_options_say(make_app: MakeApp, clock: Clock) -> None:
+    """Each option is that of these sessions, whatever the settings have for others."""
+    app = make_app(PERSIST_SESSION_MAX_PER_USER=1, PERSIST_SESSION_MAX_ENTRIES=3)
+    chats = PersistSession().namespace(
+        "chat",
+        app=app,
+        idle_timeout=500,
+        absolute_timeout="1000s",
+        renew_interval=0,
+        keep_ended="50s",
+        max_per_user=2,
+        cap_policy="reject",
+        max_bytes=500,
+        max_entries=2,
+    )
+    chats.clock = clock
+    first, _ = (chats.create(user_id="ada") for _ in range(2))
+    clock.advance(1)
+    with pytest.raises(SessionLimitReached):
+        chats.create(user_id="ada")
+    with pytest.raises(SessionTooLarge):
+        chats.create({"a": "x" * 600})
+    with pytest.raises(SessionTooLarge):
+        say(chats, first, 1, 2, 3)
+    assert chats.extend(first.id, 9000) == first.created_at + 1000
+    chats.end(first.id)
+    assert chats.look_up(first.id).expires_at == clock() + 50
+
+
+def test_a_namespace_does_as_the_settings_say_otherwise(make_app: MakeApp, clock: Clock) -> None:
+    """But for the cap, which is about signing in: conversations are not limited unless it is said."""
+    app = make_app(
+        PERSIST_SESSION_MAX_PER_USER=1,
+        PERSIST_SESSION_MAX_ENTRIES=3,
+        PERSIST_SESSION_IDLE_TIMEOUT=500,
+        PERSIST_SESSION_ABSOLUTE_TIMEOUT=1000,
+        PERSIST_SESSION_RENEW_INTERVAL=0,
+        PERSIST_SESSION_KEEP_ENDED=50,
+        PERSIST_SESSION_MAX_BYTES=500,
+    )
+    chats = PersistSession().namespace("chat", app=app)
+    chats.clock = clock
+    first, second = (chats.create(user_id="ada") for _ in range(2))
+    assert chats.get(first.id) is not None
+    assert second.expires_at == clock() + 500
+    with pytest.raises(SessionTooLarge):
+        chats.create({"a": "x" * 600})
+    with pytest.raises(SessionTooLarge):
+        say(chats, first, 1, 2, 3, 4)
+    assert chats.extend(first.id, 9000) == first.created_at + 1000
+    chats.end(first.id)
+    assert chats.look_up(first.id).expires_at == clock() + 50
+
+
+def test_short_dialogues_are_those_of_the_option(make_app: MakeApp) -> None:
+    """``min_entries`` of a namespace is heeded, and ``on_end`` of one is not that of another."""
+    app, got = make_app(), list[str]()
+    chats = PersistSession().namespace("chat", app=app, on_end=lambda session: got.append(session.id), min_entries=2)
+    jobs = PersistSession().namespace("jobs", app=app)
+    made = [chats.create() for _ in range(2)]
+    say(chats, made[1], "one", "two")
+    for chat in made:
+        chats.end(chat.id)
+    jobs.end(jobs.create().id)
+    assert chats.process_ended() == EndingReport(processed=1, short=1)
+    assert jobs.process_ended() == EndingReport()
+    assert got == [made[1].id]
+
+
+def test_a_namespace_whose_setting_up_failed_can_be_set_up(make_app: MakeApp) -> None:
+    """The options that were refused are not those that count."""
+    app = make_app()
+    with pytest.raises(ConfigError, match="goes with on_end"):
+        PersistSession().namespace("chat", app=app, min_entries=4)
+    chats = PersistSession().namespace("chat", app=app, max_per_user=3)
+    assert PersistSession().namespace("chat", app=app) is chats
+
+
+def test_entries_cannot_be_counted_where_there_are_no_histories(make_app: MakeApp) -> None:
+    """A store without them is told at once, and not when the first session ends."""
+
+    class Plain(type(open_store("memory://"))):  # type: ignore[misc]
+        history = SessionStore.history
+
+        def namespace(self, name: str) -> SessionStore:
+            return Plain(name)
+
+    app = make_app(Plain())
+    with pytest.raises(ConfigError, match="min_entries of the namespace 'chat'"):
+        PersistSession().namespace("chat", app=app, on_end=print, min_entries=1)
+    PersistSession().namespace("chat", app=app, on_end=print)
+
+
+def test_namespaces_that_come_later_are_swept_and_backed_up(make_app: MakeApp, clock: Clock) -> None:
+    """What works in the background knows of all there are when it starts a run."""
+    app = make_app(PERSIST_SESSION_CLEANUP_INTERVAL=600)
+    state: Any = app.extensions["persist_session"]
+    chats = PersistSession().namespace("chat", app=app)
+    chats.create(lifetime=1)
+    chats.clock = Clock(chats.clock() + 200)
+    with app.app_context():
+        assert state.sweeper.sweep()
+    assert chats.stats().total == 0
+
+
+# Sweeping -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_namespace_is_swept_by_whoever_holds_its_lease(memory: SessionStore, clock: Clock) -> None:
+    """A process cleans up what is its own, and leaves what another one holds."""
+    managers = {name: SessionManager(memory.namespace(name), namespace=name, clock=clock) for name in ("one", "two")}
+    for manager in managers.values():
+        manager.create(lifetime=1)
+    clock.advance(200)
+    asked: list[tuple[str, str]] = []
+
+    def leasing(name: str) -> Callable[[str, float], bool]:
+        def lease(what: str, seconds: float) -> bool:
+            asked.append((name, what))
+            return name == "two"
+
+        return lease
+
+    for name, manager in managers.items():
+        manager.store.lease = leasing(name)  # type: ignore[method-assign]
+    assert Sweeper(managers, 600).sweep()
+    assert [manager.stats().total for manager in managers.values()] == [1, 0]
+    assert asked == [("one", "sweep"), ("two", "sweep")]
