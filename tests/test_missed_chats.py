@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from threading import Event, current_thread
 from typing import Any
 
@@ -14,6 +15,7 @@ from flask import Flask
 from flask_persist_session import (
     ConfigError,
     HistoryConflict,
+    LogEntry,
     PersistSession,
     SerializationError,
     SessionConflict,
@@ -33,7 +35,7 @@ from flask_persist_session import (
     session_saved,
 )
 from flask_persist_session import ending as ending_module
-from flask_persist_session.ending import EndingReport
+from flask_persist_session.ending import EndingReport, pause_after
 from flask_persist_session.sweeper import Sweeper
 from tests.conftest import Clock
 from tests.servers import wait_until
@@ -792,3 +794,91 @@ def test_each_namespace_is_swept_by_whoever_holds_its_lease(memory: SessionStore
     assert Sweeper(managers, 600).sweep()
     assert [manager.stats().total for manager in managers.values()] == [1, 0]
     assert asked == [("one", "sweep"), ("two", "sweep")]
+
+
+def test_a_tenants_history_has_all_that_a_history_has(chats: SessionManager, clock: Clock) -> None:
+    """Pages, expected numbers, idempotency keys and limits hold there too."""
+    acme = chats_on(chats.store, clock, max_entries=4).for_tenant("acme")
+    chat = acme.create()
+    history = acme.history(chat.id)
+    for content in "a", "b", "c", "a":
+        history.append({"role": "user", "content": content}, idempotency_key=content)
+    assert history.count() == 3
+    with pytest.raises(HistoryConflict) as conflict:
+        history.append({"role": "user", "content": "d"}, expected_seq=2)
+    assert [entry.content for entry in conflict.value.missed] == ["c"]
+    assert [entry.content for entry in history.page(before=3, limit=1)] == ["b"]
+    assert [entry.content for entry in history.after(1)] == ["b", "c"]
+    with pytest.raises(SessionTooLarge):
+        say(acme, chat, "d", "e")
+
+
+def test_a_tenant_does_not_restore_into_the_history_of_another(chats: SessionManager) -> None:
+    """Whatever is in it already."""
+    theirs = chats.create(tenant_id="other")
+    entries = [LogEntry(seq=1, data=b"x", created_at=1.0)]
+    with pytest.raises(SessionNotFound):
+        chats.for_tenant("acme").store.history.restore(theirs.id, entries)
+    assert chats.store.history.count(theirs.id) == 0
+
+
+def test_a_tenant_removes_the_version_that_it_saw(chats: SessionManager) -> None:
+    """And no later one."""
+    acme = chats.for_tenant("acme")
+    chat = acme.create({"a": 1})
+    acme.refresh(chat.id)
+    assert not acme.store.delete(chat.id, expected=1)
+    assert acme.get(chat.id) is not None
+    assert acme.store.delete(chat.id, expected=2)
+
+
+def test_a_tenant_does_not_remove_what_cannot_be_read(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can know whose it was."""
+    theirs = chats.create(tenant_id="other")
+    acme = chats.for_tenant("acme")
+    get = chats.store.get
+
+    def damaged(session_id: str) -> Any:
+        raise SerializationError("damaged")
+
+    monkeypatch.setattr(chats.store, "get", damaged)
+    assert not acme.delete(theirs.id)
+    assert get(theirs.id) is not None
+
+
+# The background -------------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_on_under_another_token_is_handed_over_once(memory: SessionStore, clock: Clock) -> None:
+    """A session that was regenerated has not ended; the one that goes on is what its handler gets."""
+    got: list[str] = []
+    chats = chats_on(memory, clock, on_end=lambda session: got.append(session.id))
+    first = chats.create({"a": 1}, user_id="ada")
+    second = chats.regenerate(first)
+    chats.end(second.id)
+    assert chats.process_ended() == EndingReport(processed=1)
+    assert got == [second.id]
+
+
+def test_what_is_idle_is_handed_over_one_interval_later(memory: SessionStore, clock: Clock) -> None:
+    """Within it requests are not noted, and might be a moment ago."""
+    chats = chats_on(memory, clock, on_end=lambda session: None, renew_interval=60.0)
+    chats.create()
+    clock.advance(259)
+    assert chats.process_ended(older_than=200) == EndingReport()
+    clock.advance(2)
+    assert chats.process_ended(older_than=200) == EndingReport(processed=1)
+
+
+def test_sessions_that_failed_together_do_not_come_back_together() -> None:
+    """The pauses of a hundred are not the same."""
+    assert len({pause_after(1) for _ in range(100)}) > 50
+
+
+def test_namespaces_that_come_later_are_in_the_automatic_backup(make_app: MakeApp, tmp_path: Path) -> None:
+    """It backs up all that there are when it is due."""
+    app = make_app(PERSIST_SESSION_BACKUP_INTERVAL=3600, PERSIST_SESSION_BACKUP_DIR=str(tmp_path / "backups"))
+    chats = PersistSession().namespace("chat", app=app)
+    chats.create({"a": 1})
+    report = app.extensions["persist_session"].automatic_backup.turn()
+    assert report.sessions == 1
