@@ -367,6 +367,21 @@ def test_a_transaction_that_meets_another_change_stores_nothing(chats: SessionMa
     assert (data_of(chats, one), data_of(chats, other)) == ({"n": 7}, {"n": 1})
 
 
+def test_what_is_changed_in_a_session_that_a_transaction_ends_is_stored(chats: SessionManager) -> None:
+    """Such as where it went on: its data, metadata and tags are as they were at the end."""
+    chat = chats.create({"n": 1}, metadata={"title": "Trip"})
+    with chats.transaction() as together:
+        session = together.get(chat.id)
+        session.data["n"] = 2
+        session.metadata["merged into"] = "another"
+        session.tags.add("x")
+        together.end(chat.id, "merged")
+    found = chats.load(chat.id)
+    assert found is not None
+    assert (found.data, found.metadata, found.tags) == ({"n": 2}, {"title": "Trip", "merged into": "another"}, {"x"})
+    assert (found.end_reason, found.version) == ("merged", 2)
+
+
 def test_a_transaction_hands_out_one_object_per_session(chats: SessionManager) -> None:
     """Two parts of a block that ask for the same session change the same one."""
     one = chats.create()
