@@ -129,7 +129,7 @@ class Transacting(Editing):
 
     def _tell_ended(self, session: StoredSession, reason: str) -> None:
         if reason == "deleted":
-            self._forget_history(session.id)
+            self._forget_history(session.record)
             self._announcer.deleted(session.id, session.user_id)
         else:
             self._announcer.ended(session.record, reason)
