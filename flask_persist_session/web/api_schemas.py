@@ -44,7 +44,7 @@ Moment: TypeAlias = Annotated[
     float, Field(ge=FIRST_MOMENT, lt=LAST_MOMENT, allow_inf_nan=False, description="Seconds since the epoch, UTC.")
 ]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False)]
-Number: TypeAlias = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**53)]
+Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**53), BeforeValidator(_whole)]
 Object: TypeAlias = dict[str, JsonValue]
 State: TypeAlias = Literal["active", "expired", "ended"]
 Order: TypeAlias = Literal[
