@@ -603,7 +603,7 @@ def test_an_idempotency_key_that_is_none_is_refused(client: FlaskClient) -> None
     body = {"entries": [{"role": "user", "content": "hi"}]}
     response = client.post(f"{url}/history", json=body, headers={"Idempotency-Key": "k" * 513})
     document = problem(response, 422, "invalid-request")
-    assert [(error["location"], error["field"]) for error in document["errors"]] == [("header", "idempotency_key")]
+    assert [(error["location"], error["field"]) for error in document["errors"]] == [("header", "Idempotency-Key")]
 
 
 # Operating ------------------------------------------------------------------------------------------------------------

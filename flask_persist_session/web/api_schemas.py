@@ -175,10 +175,18 @@ class UserPath(Query):
     user_id: Name
 
 
+class NoHeaders(Query):
+    """No headers but those of every request."""
+
+
 class AppendHeaders(Query):
     """The headers of an append."""
 
-    idempotency_key: IdempotencyKey | None = None
+    idempotency_key: IdempotencyKey | None = Field(
+        None,
+        alias="Idempotency-Key",
+        description="A text that stands for this append: sent again, nothing is stored, and the answer is the same.",
+    )
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
