@@ -721,6 +721,7 @@ def test_a_body_that_is_no_json(client: FlaskClient, body: str) -> None:
         ({"tags": [1]}, ["tags.0"]),
         ({"lifetime": -1}, ["lifetime"]),
         ({"lifetime": "60"}, ["lifetime"]),
+        ({"data": {"x": [float("nan")]}, "metadata": {"y": float("inf")}}, ["data", "metadata"]),
         ({"nosuch": 1, "key": 2}, ["key", "nosuch"]),
         ([], [""]),
     ],
