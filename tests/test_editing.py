@@ -430,6 +430,24 @@ def test_a_transaction_heeds_the_limit_of_the_store(store: SessionStore, clock: 
         together.create()
 
 
+def test_deleting_one_version(chats: SessionManager) -> None:
+    """With an expected version a session that was changed since is left as it is."""
+    session = chats.create({"x": 1})
+    with chats.edit(session.id) as changed:
+        changed.data["x"] = 2
+    with pytest.raises(SessionConflict, match="expected version 1, but it is version 2 now"):
+        chats.delete(session.id, expected_version=1)
+    assert chats.existing(session.id).data == {"x": 2}
+    assert chats.delete(session.id, expected_version=2)
+
+
+def test_a_page_that_begins_at_a_position(chats: SessionManager) -> None:
+    """The position of the last record of a page leads on as the record itself does."""
+    first, second = sorted(chats.create().id for _ in range(2))
+    position = SessionQuery(order_by="id").position(chats.existing(first).record)
+    assert [record.id for record in chats.find(order_by="id", after=position)] == [second]
+
+
 @pytest.fixture(autouse=True)
 def _close(store: SessionStore) -> Iterator[None]:
     yield
