@@ -663,7 +663,8 @@ def dump_metadata(metadata: Mapping[str, JSON]) -> str:
     if not metadata:
         return ""
     try:
-        return json.dumps(dict(metadata), separators=(",", ":"))
+        # NaN and infinity are no JSON: other programs could not read what they are in.
+        return json.dumps(dict(metadata), separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise SerializationError(f"metadata must be JSON (str, int, float, bool, None, list, dict): {error}") from error
 

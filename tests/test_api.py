@@ -398,10 +398,17 @@ def test_ended_it_can_be_read_and_not_changed(client: FlaskClient) -> None:
     for answer in (
         client.patch(url, json={}, headers={"If-Match": "*"}),
         client.post(f"{url}/end", json={}),
-        client.delete(url),
         client.post(f"{url}/history", json={"entries": [{"role": "user", "content": "late"}]}),
     ):
         problem(answer, 409, "session-ended")
+
+
+def test_ended_it_can_be_deleted(client: FlaskClient) -> None:
+    """Whoever wants it gone is not told that it has ended already."""
+    url = create(client, data={"x": 1}).headers["Location"]
+    client.post(f"{url}/end", json={})
+    assert client.delete(url).status_code == 204
+    problem(client.get(url), 410, "session-deleted")
 
 
 def test_values_that_are_no_json_are_shown_in_words(app: Flask, client: FlaskClient) -> None:
@@ -603,7 +610,7 @@ def test_an_idempotency_key_that_is_none_is_refused(client: FlaskClient) -> None
     body = {"entries": [{"role": "user", "content": "hi"}]}
     response = client.post(f"{url}/history", json=body, headers={"Idempotency-Key": "k" * 513})
     document = problem(response, 422, "invalid-request")
-    assert [(error["location"], error["field"]) for error in document["errors"]] == [("header", "idempotency_key")]
+    assert [(error["location"], error["field"]) for error in document["errors"]] == [("header", "Idempotency-Key")]
 
 
 # Operating ------------------------------------------------------------------------------------------------------------
@@ -721,6 +728,7 @@ def test_a_body_that_is_no_json(client: FlaskClient, body: str) -> None:
         ({"tags": [1]}, ["tags.0"]),
         ({"lifetime": -1}, ["lifetime"]),
         ({"lifetime": "60"}, ["lifetime"]),
+        ({"data": {"x": [float("nan")]}, "metadata": {"y": float("inf")}}, ["data", "metadata"]),
         ({"nosuch": 1, "key": 2}, ["key", "nosuch"]),
         ([], [""]),
     ],

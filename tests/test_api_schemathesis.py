@@ -44,7 +44,7 @@ def before_call(context: object, case: schemathesis.Case, kwargs: object) -> Non
 def run(app: Flask) -> Iterator[events.EngineEvent]:
     """Try the API: the examples of its document, each limit of its models, requests at random, and chains of requests."""
     print(f"API_SEED={SEED}")
-    generation = {"max-examples": 10, "deterministic": True, "database": "none"}
+    generation = {"max-examples": 5, "deterministic": True, "database": "none"}
     config = SchemathesisConfig.from_dict({"seed": SEED, "generation": generation, "checks": CHECKS})
     schema = schemathesis.openapi.from_wsgi("/api/openapi.json", app, config=config)
     yield from engine.from_schema(schema).execute()

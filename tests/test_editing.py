@@ -203,7 +203,9 @@ def test_an_edit_that_expects_another_version_is_a_conflict(chats: SessionManage
     assert data_of(chats, chat) == {"a": 1, "b": 1}
 
 
-@pytest.mark.parametrize("wrong", [{"metadata": {"x": object()}}, {"tags": {7}}, {"data": {"x": object()}}])
+@pytest.mark.parametrize(
+    "wrong", [{"metadata": {"x": object()}}, {"metadata": {"x": float("nan")}}, {"tags": {7}}, {"data": {"x": object()}}]
+)
 def test_what_cannot_be_stored_is_told_and_changes_nothing(chats: SessionManager, wrong: dict[str, object]) -> None:
     """The session stays as it was in every part."""
     chat = chats.create({"a": 1}, metadata={"m": 1}, tags=["t"])
@@ -457,6 +459,24 @@ def test_a_transaction_heeds_the_limit_of_the_store(store: SessionStore, clock: 
     chats.create()
     with pytest.raises(SessionLimitReached), chats.transaction() as together:
         together.create()
+
+
+def test_deleting_one_version(chats: SessionManager) -> None:
+    """With an expected version a session that was changed since is left as it is."""
+    session = chats.create({"x": 1})
+    with chats.edit(session.id) as changed:
+        changed.data["x"] = 2
+    with pytest.raises(SessionConflict, match="expected version 1, but it is version 2 now"):
+        chats.delete(session.id, expected_version=1)
+    assert chats.existing(session.id).data == {"x": 2}
+    assert chats.delete(session.id, expected_version=2)
+
+
+def test_a_page_that_begins_at_a_position(chats: SessionManager) -> None:
+    """The position of the last record of a page leads on as the record itself does."""
+    first, second = sorted(chats.create().id for _ in range(2))
+    position = SessionQuery(order_by="id").position(chats.existing(first).record)
+    assert [record.id for record in chats.find(order_by="id", after=position)] == [second]
 
 
 @pytest.fixture(autouse=True)

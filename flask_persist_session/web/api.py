@@ -121,6 +121,7 @@ class _Call:
     path: dict[str, str]
     query: Any
     body: Any
+    headers: Any
 
 
 class _Api:
@@ -162,14 +163,16 @@ class _Api:
 
     def _call(self, operation: Operation, path: dict[str, str]) -> _Call:
         """The request, checked without a look at what is stored, so that nothing is told of it."""
-        query, body = _read_query(operation), _read_body(operation)
+        query, body, headers = _read_query(operation), _read_body(operation), _read_headers(operation)
         if operation.version == "required" and "If-Match" not in request.headers:
             raise Problem(api_problems.NO_VERSION, 'Send the ETag of the version that you change: If-Match: "3".')
         if "user_id" in path:
             path = {"user_id": _checked(api_schemas.UserPath, path, "path").user_id}
         tenant_id = self._tenant_id()
         manager = PersistSession().namespace(self._namespace)
-        return _Call(operation, manager.for_tenant(tenant_id) if tenant_id else manager, tenant_id, path, query, body)
+        return _Call(
+            operation, manager.for_tenant(tenant_id) if tenant_id else manager, tenant_id, path, query, body, headers
+        )
 
     def _tenant_id(self) -> str | None:
         tenant_id = self._tenant(request) if self._tenant is not None else ""
@@ -241,8 +244,8 @@ class _Api:
         return _session_response(call.manager, changed)
 
     def delete_session(self, call: _Call) -> Response:
-        """Remove a session with all that it has."""
-        session = self._active(call)
+        """Remove a session with all that it has, also if it has ended."""
+        session = self._session(call)
         with _expected(session) as version:
             if not call.manager.delete(session.id, expected_version=version):
                 raise Problem(api_problems.ENDED, "It ended at this moment.")
@@ -308,7 +311,7 @@ class _Api:
         entries = [entry.model_dump() for entry in body.entries]
         with _values():
             seq = call.manager.history(session.id).append(
-                *entries, expected_seq=body.expected_seq, idempotency_key=_idempotency_key()
+                *entries, expected_seq=body.expected_seq, idempotency_key=call.headers.idempotency_key
             )
         return _json(api_schemas.Appended(seq=seq), 201)
 
@@ -371,10 +374,9 @@ def _read_body(operation: Operation) -> Any:
         raise _invalid_request(api_schemas.field_errors(error, "body")) from None
 
 
-def _idempotency_key() -> str | None:
-    given = {"idempotency_key": request.headers.get("Idempotency-Key")}
-    key: str | None = _checked(api_schemas.AppendHeaders, given, "header").idempotency_key
-    return key
+def _read_headers(operation: Operation) -> Any:
+    names = [field.alias or name for name, field in operation.headers.model_fields.items()]
+    return _checked(operation.headers, {name: request.headers[name] for name in names if name in request.headers}, "header")
 
 
 def _checked(model: type[api_schemas.Query], given: dict[str, Any], location: str) -> Any:

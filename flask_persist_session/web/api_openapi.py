@@ -38,6 +38,7 @@ class Operation:
     answers: dict[int, type[BaseModel] | None]
     body: type[schemas.Body] | None = None
     query: type[schemas.Query] = schemas.NoQuery
+    headers: type[schemas.Query] = schemas.NoHeaders
     problems: tuple[Kind, ...] = ()
     version: str | None = None
     """Whether ``If-Match`` is ``"required"`` or ``"optional"``; ``None``: not taken."""
@@ -127,6 +128,7 @@ OPERATIONS = (
         action="history.append",
         summary="Append entries, all or none.",
         body=schemas.Append,
+        headers=schemas.AppendHeaders,
         answers={201: schemas.Appended},
         problems=(*_CHANGE, problems.BEHIND, *_STORED),
     ),
@@ -248,10 +250,8 @@ def _headers(operation: Operation) -> Iterator[dict[str, Any]]:
     if 304 in operation.answers:
         text = "The ETag of the version that is known."
         yield _parameter("If-None-Match", "header", version | {"description": text})
-    if operation.body is schemas.Append:
-        schema = _properties(schemas.AppendHeaders)["idempotency_key"]
-        text = "A text that stands for this append: sent again, nothing is stored, and the answer is the same."
-        yield _parameter("Idempotency-Key", "header", schema | {"description": text})
+    for name, schema in _properties(operation.headers).items():
+        yield _parameter(name, "header", schema)
 
 
 def _parameter(name: str, place: str, schema: dict[str, Any], *, required: bool = False) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _parameter(name: str, place: str, schema: dict[str, Any], *, required: bool 
 def _properties(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """The fields of a model as parameters, which are left out where a field may be ``None``."""
     found = {}
-    for name, schema in model.model_json_schema()["properties"].items():
+    for name, schema in model.model_json_schema().get("properties", {}).items():
         plain = {key: value for key, value in schema.items() if key not in ("title", "anyOf", "default")}
         options = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
         if schema.get("default") not in (None, []):

@@ -16,8 +16,8 @@ from ..stores.base import LONGEST_NAME
 from ..stores.history import LONGEST_KEY
 
 try:
+    from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
     from pydantic import BaseModel as BaseModel  # the other modules of the API have these two from here
-    from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
     from pydantic import ValidationError as ValidationError
     from pydantic.json_schema import JsonSchemaMode, models_json_schema
 except ImportError as error:
@@ -34,6 +34,12 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _finite(value: JsonValue) -> JsonValue:
+    """*value* without NaN and infinity, which the parser takes and JSON has not."""
+    json.dumps(value, allow_nan=False)
+    return value
+
+
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME, pattern=_NO_NUL)]
 Key: TypeAlias = Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=_NO_NUL)]
 Tag: TypeAlias = Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=_NO_NUL)]
@@ -45,7 +51,8 @@ Moment: TypeAlias = Annotated[
 ]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False)]
 Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**53), BeforeValidator(_whole)]
-Object: TypeAlias = dict[str, JsonValue]
+Json: TypeAlias = Annotated[JsonValue, AfterValidator(_finite)]
+Object: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 State: TypeAlias = Literal["active", "expired", "ended"]
 Order: TypeAlias = Literal[
     "id", "-id", "created_at", "-created_at", "accessed_at", "-accessed_at", "expires_at", "-expires_at"
@@ -100,7 +107,7 @@ class NewEntry(Body):
     """An entry to be appended to a history."""
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
-    content: JsonValue
+    content: Json
     metadata: Object = {}
 
 
@@ -175,10 +182,18 @@ class UserPath(Query):
     user_id: Name
 
 
+class NoHeaders(Query):
+    """No headers but those of every request."""
+
+
 class AppendHeaders(Query):
     """The headers of an append."""
 
-    idempotency_key: IdempotencyKey | None = None
+    idempotency_key: IdempotencyKey | None = Field(
+        None,
+        alias="Idempotency-Key",
+        description="A text that stands for this append: sent again, nothing is stored, and the answer is the same.",
+    )
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
