@@ -90,6 +90,7 @@ def begin(page: Page) -> None:
         page.get_by_role("button", name="Show conversations").click()
     page.get_by_role("button", name="New conversation").click()
     expect(answers(page)).to_contain_text(["What would you like to sell?"])
+    page.wait_for_load_state()  # with its script, before a test takes the server away
 
 
 def is_narrow(page: Page) -> bool:
