@@ -122,9 +122,9 @@ class StoreCap:
         self._pause = _SHORTEST_PAUSE
         self._counting = Lock()
 
-    def admit(self) -> None:
-        """Raises ``SessionLimitReached`` if the store is full, for a session that is about to be created."""
-        if self._most == 0:
+    def admit(self, count: int = 1) -> None:
+        """Raises ``SessionLimitReached`` if the store has no room for so many sessions that are about to be created."""
+        if self._most == 0 or count == 0:
             return
         # Also when the clock was set back. Whoever meets another thread counting goes by what is known.
         if abs(self._clock() - self._counted_at) >= self._pause and self._counting.acquire(blocking=False):
@@ -132,7 +132,7 @@ class StoreCap:
                 self._count()
             finally:
                 self._counting.release()
-        if self._known >= self._most:
+        if self._known + count > self._most:
             raise SessionLimitReached(
                 f"the store has {self._known:,} sessions, and PERSIST_SESSION_MAX_SESSIONS is {self._most:,}; "
                 "clean up, or allow more",

@@ -163,7 +163,7 @@ class Creating(Lifecycle):
         if old is None:
             return new
         if self._lifetime.state(old) == "active":
-            raise SessionConflict(f"session {new.id} is active already under this key")
+            raise in_use(new.id)
         if old.data:
             self._set_aside(old)
         self.store.delete(new.id, expected=old.version)
@@ -211,3 +211,8 @@ class Creating(Lifecycle):
         """Whether its id is still that of this session, and not of a later one that somebody else has created meanwhile."""
         current = self.store.get(record.id)
         return current is not None and current.created_at == record.created_at
+
+
+def in_use(session_id: str) -> SessionConflict:
+    """The error for a new session whose key leads to an active one."""
+    return SessionConflict(f"session {session_id} is active already under this key")

@@ -412,9 +412,11 @@ class PersistSession:
 
 
 def _migration(manager: SessionManager, target: SessionStore, progress: Progress) -> Migration:
+    to = target if manager.namespace == WEB else target.namespace(manager.namespace)
+    to.margin = manager.store.margin  # what waits for on_end there must not go by itself either
     return Migration(
         manager.store,
-        target if manager.namespace == WEB else target.namespace(manager.namespace),
+        to,
         lambda: manager.clock(),
         progress,
         is_over=manager.is_over,

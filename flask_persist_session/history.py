@@ -66,6 +66,8 @@ class History:
         encoded = [self._encode(entry) for entry in entries]
         if not encoded:
             raise ValueError("nothing to append: give at least one entry")
+        if expected_seq is not None and type(expected_seq) is not int:
+            raise ValueError(f"expected_seq is {expected_seq!r:.80}; allowed is the number of an entry, or 0")
         session = self._session(self.session_id)
         if self._began not in (None, session.created_at):
             raise SessionNotFound(f"no active session {self.session_id}: {ANOTHER}")

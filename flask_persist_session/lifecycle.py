@@ -134,9 +134,13 @@ class Lifecycle:
         return described
 
     def _take_back(self, new: StoredSession) -> None:
-        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire."""
+        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire.
+
+        Others may go by its key already. What they have stored is not deleted, but ends.
+        """
         with suppress(StoreError):
-            self.store.delete(new.id)
+            if not self.store.delete(new.id, expected=new.version if new.token is None else None):
+                self._end_as_read(new.record, "rejected")
 
     def _draft(
         self,
@@ -421,11 +425,12 @@ class Lifecycle:
         try:
             self._close(record, reason)
         except SessionConflict:
-            return self._end(record.id, reason)
+            return self._end(record.id, reason, record.created_at)
         self._announcer.ended(record, reason)
         return True
 
-    def _end(self, session_id: str, reason: str) -> bool:
+    def _end(self, session_id: str, reason: str, began: float | None = None) -> bool:
+        """What ``end`` does, to the session that began then, or else to the one that is met first under that id."""
         retry = Retry(session_id, "ended")
         while True:
             try:
@@ -433,8 +438,9 @@ class Lifecycle:
             except SerializationError as error:
                 self._report_corrupt(session_id, error)
                 return False
-            if record is None or record.ended_at is not None:
+            if record is None or record.ended_at is not None or began not in (None, record.created_at):
                 return False
+            began = record.created_at
             # One that has expired ends too: the clock may be wrong, and set right later.
             active = self._lifetime.state(record) == "active"
             if reason == "regenerated" and not active:
