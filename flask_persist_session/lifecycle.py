@@ -15,7 +15,7 @@ from . import tokens
 from .announcer import Announcer
 from .caps import StoreCap, UserCap
 from .cleanup import Archive
-from .config import CapPolicy
+from .config import PREFIX, CapPolicy
 from .exceptions import (
     SerializationError,
     SessionConflict,
@@ -98,9 +98,15 @@ class Lifecycle:
             keep_data=keep_data,
             hands_over=on_end is not None,
         )
-        self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
-        self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
+        self._user_cap = UserCap(
+            store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy, name=self._limit("max_per_user")
+        )
+        self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions, name=self._limit("max_sessions"))
         self._lookup = Lookup(store, self._codec, self._lifetime)
+
+    def _limit(self, name: str) -> str:
+        """What a limit is called where it is set."""
+        return f"{PREFIX}{name.upper()}" if self.namespace == WEB else f"{name} of the namespace {self.namespace!r}"
 
     def _bind_to(self, tenant_id: str, clock: Callable[[], float]) -> None:
         """Have nothing but what is of a tenant, from now on. Caps count within a tenant anyway."""
@@ -388,7 +394,7 @@ class Lifecycle:
         if len(payload) > self._max_bytes:
             largest = ", ".join(f"{key!r}: {size:,}" for key, size in islice(self._codec.sizes(data).items(), 3))
             raise SessionTooLarge(
-                f"the session takes {len(payload):,} bytes, PERSIST_SESSION_MAX_BYTES allows {self._max_bytes:,}; "
+                f"the session takes {len(payload):,} bytes, {self._limit('max_bytes')} allows {self._max_bytes:,}; "
                 f"its largest keys are {largest}"
             )
         return payload
