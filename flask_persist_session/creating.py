@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -167,8 +166,7 @@ class Creating(Lifecycle):
         if old.data:
             self._set_aside(old)
         self.store.delete(new.id, expected=old.version)
-        began = max(new.created_at, math.nextafter(old.created_at, math.inf))
-        return replace(new, version=old.version + 1, created_at=began)
+        return replace(new, version=old.version + 1, created_at=self._lifetime.beginning_after(old))
 
     def make_way(self, record: SessionRecord) -> None:
         """Free the id of an active session for another state of it, or another session.

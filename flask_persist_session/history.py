@@ -21,6 +21,7 @@ class History:
     """The entries of one session, numbered from 1 without gaps; see ``SessionManager.history``.
 
     :param session: returns the session if it is active, and raises ``SessionNotFound`` otherwise.
+    :param load: returns it in whatever state.
     :param renewed: is given the session after something was appended.
     :param max_entries: how many entries there may be; 0: any number.
     :param max_bytes: largest encoded entry.
@@ -34,6 +35,7 @@ class History:
         *,
         clock: Callable[[], float],
         session: Callable[[str], StoredSession],
+        load: Callable[[str], StoredSession | None],
         renewed: Callable[[StoredSession], object],
         max_entries: int,
         max_bytes: int,
@@ -44,6 +46,7 @@ class History:
         self._codec = codec
         self._clock = clock
         self._session = session
+        self._load = load
         self._renewed = renewed
         self._max_entries = max_entries
         self._max_bytes = max_bytes
@@ -130,7 +133,13 @@ class History:
         return self._log.count(self.session_id)
 
     def clear(self) -> bool:
-        """Remove all entries; the next one is number 1 again. Says whether there were any."""
+        """Remove all entries; the next one is number 1 again. Says whether there were any.
+
+        Once something was appended here, only those of that session: none, if its key leads to another by now.
+        """
+        current = None if self._began is None else self._load(self.session_id)
+        if current is not None and current.created_at != self._began:
+            return False
         return self._log.delete(self.session_id)
 
     def __iter__(self) -> Iterator[HistoryEntry]:

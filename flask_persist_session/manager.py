@@ -171,6 +171,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             self._codec,
             clock=lambda: self.clock(),
             session=self.existing,
+            load=self.load,
             renewed=self._renewed,
             max_entries=self._max_entries,
             max_bytes=self._max_bytes,

@@ -325,6 +325,12 @@ def test_ending_many_says_of_each_what_became_of_it(chats: SessionManager) -> No
     assert [chats.look_up(chat.id).end_reason for chat in (active, ended)] == ["closed", "before"]
 
 
+def test_one_id_in_place_of_many_is_told(chats: SessionManager) -> None:
+    """Its characters are no ids."""
+    with pytest.raises(ValueError, match="list or set of ids"):
+        chats.end_many(chats.create().id)
+
+
 def test_many_cannot_be_ended_as_regenerated(chats: SessionManager) -> None:
     """That reason says that a session goes on elsewhere."""
     with pytest.raises(ValueError, match="regenerated"):

@@ -209,6 +209,29 @@ def test_deleting_leaves_the_history_of_the_next_session_of_a_key(
     assert [entry.content for entry in chats.history(first.id)] == ["new"]
 
 
+def test_clearing_a_history_leaves_that_of_the_next_session_of_a_key(chats: SessionManager) -> None:
+    """It is not the one that was appended to."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    old = chats.history(first.id)
+    old.append({"role": "user", "content": "old"})
+    chats.history(anew(chats, first).id).append({"role": "user", "content": "new"})
+    assert not old.clear()
+    assert [entry.content for entry in chats.history(first.id)] == ["new"]
+
+
+def test_a_key_from_a_clock_that_was_ahead_can_be_used(store: SessionStore, clock: Clock) -> None:
+    """The next session of it begins now: one that seems to begin in ten days would be the first to go at a cap."""
+    chats = chats_on(store, clock, max_per_user=2, absolute_timeout=1000.0)
+    clock.advance(10 * 86400)
+    chats.end(chats.create(key="k", user_id="ada").id)
+    clock.advance(-10 * 86400)
+    for _ in range(2):
+        chats.create(user_id="ada")
+        clock.advance(1)
+    again = chats.resume_or_create(key="k", user_id="ada")
+    assert chats.existing(again.id).created_at == clock()
+
+
 def test_changing_many_leaves_the_next_session_of_a_key(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the one that was found."""
     first = chats.resume_or_create(key="k", user_id="ada", tags=["old"])
