@@ -31,6 +31,7 @@ class UserCap:
     :param most: how many; 0: any number.
     :param policy: what a sign-in beyond that does: ``evict_oldest`` ends the oldest, ``reject`` refuses it.
     :param end: ends the session of a record that was just read, for a reason.
+    :param name: what the cap is called where it is set.
 
     Raises ``UnsupportedByStore`` if there is a cap and the store cannot list.
     """
@@ -43,6 +44,7 @@ class UserCap:
         *,
         most: int,
         policy: CapPolicy,
+        name: str,
     ) -> None:
         if most:
             store.scan()  # reads nothing yet, but raises for a store that cannot list
@@ -51,6 +53,7 @@ class UserCap:
         self._end = end
         self._most = most
         self._policy = policy
+        self._name = name
 
     def admit(self, record: SessionRecord, *, replaced: str | None = None) -> None:
         """With the policy ``reject``: refuse *record*, just stored in place of *replaced*, if it exceeds the cap.
@@ -67,8 +70,8 @@ class UserCap:
                 self._end(surplus, "rejected")
         if record.id not in {other.id for other in live[: self._most]}:  # another sign-in may have rejected it already
             raise SessionLimitReached(
-                f"the user {record.user_id!r} has {self._most} sessions, and PERSIST_SESSION_MAX_PER_USER "
-                "allows no more; end one of them first"
+                f"the user {record.user_id!r} has {self._most} sessions, and {self._name} allows no more; end one of them "
+                "first"
             )
 
     def check_undecided(self, user_id: str | None) -> None:
@@ -109,22 +112,24 @@ class StoreCap:
     Counting a large store takes time, so it is done now and then; in between each process adds what it creates.
 
     :param most: how many; 0: any number.
+    :param name: what the cap is called where it is set.
     """
 
-    def __init__(self, store: SessionStore, clock: Callable[[], float], *, most: int) -> None:
+    def __init__(self, store: SessionStore, clock: Callable[[], float], *, most: int, name: str) -> None:
         if most:
             store.scan()  # reads nothing yet, but raises for a store that cannot list
         self._store = store
         self._clock = clock
         self._most = most
+        self._name = name
         self._known = 0
         self._counted_at = -math.inf
         self._pause = _SHORTEST_PAUSE
         self._counting = Lock()
 
-    def admit(self) -> None:
-        """Raises ``SessionLimitReached`` if the store is full, for a session that is about to be created."""
-        if self._most == 0:
+    def admit(self, count: int = 1) -> None:
+        """Raises ``SessionLimitReached`` if the store has no room for so many sessions that are about to be created."""
+        if self._most == 0 or count == 0:
             return
         # Also when the clock was set back. Whoever meets another thread counting goes by what is known.
         if abs(self._clock() - self._counted_at) >= self._pause and self._counting.acquire(blocking=False):
@@ -132,10 +137,9 @@ class StoreCap:
                 self._count()
             finally:
                 self._counting.release()
-        if self._known >= self._most:
+        if self._known + count > self._most:
             raise SessionLimitReached(
-                f"the store has {self._known:,} sessions, and PERSIST_SESSION_MAX_SESSIONS is {self._most:,}; "
-                "clean up, or allow more",
+                f"the store has {self._known:,} sessions, and {self._name} is {self._most:,}; clean up, or allow more",
                 scope="store",
             )
 

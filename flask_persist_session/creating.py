@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -163,15 +162,14 @@ class Creating(Lifecycle):
         if old is None:
             return new
         if self._lifetime.state(old) == "active":
-            raise SessionConflict(f"session {new.id} is active already under this key")
+            raise in_use(new.id)
         if old.end_reason == RESTORING and self.clock() < (old.ended_at or 0.0) + _COPYING:
             # The entries that are on their way must not get into another dialogue.
             raise SessionConflict(f"session {new.id} is just being restored")
         if old.data:
             self._set_aside(old)
         self.store.delete(new.id, expected=old.version)
-        began = max(new.created_at, math.nextafter(old.created_at, math.inf))
-        return replace(new, version=old.version + 1, created_at=began)
+        return replace(new, version=old.version + 1, created_at=self._lifetime.beginning_after(old))
 
     def make_way(self, record: SessionRecord) -> None:
         """Free the id of an active session for another state of it, or another session.
@@ -214,3 +212,8 @@ class Creating(Lifecycle):
         """Whether its id is still that of this session, and not of a later one that somebody else has created meanwhile."""
         current = self.store.get(record.id)
         return current is not None and current.created_at == record.created_at
+
+
+def in_use(session_id: str) -> SessionConflict:
+    """The error for a new session whose key leads to an active one."""
+    return SessionConflict(f"session {session_id} is active already under this key")

@@ -165,9 +165,11 @@ class Editing(Creating):
         """End sessions as ``end`` does, and say of each id what became of it.
 
         ``"ended"``: it was active until now; ``"had ended"``: before, or it had expired; ``"missing"``: there is none that
-        can be read. Raises as ``end`` does; what was ended until then is.
+        can be read. Raises as ``end`` does, and ``ValueError`` for a text in place of a list; what was ended until then is.
         """
         check_reason(reason)
+        if isinstance(session_ids, str):
+            raise ValueError(f"session_ids is the text {session_ids!r:.80}; allowed is a list or set of ids")
         return {session_id: self._end_one(session_id, reason) for session_id in dict.fromkeys(session_ids)}
 
     def _end_one(self, session_id: str, reason: str) -> Ending:

@@ -201,6 +201,7 @@ class PersistSession:
         renew_interval: float | timedelta | str | None = None,
         keep_ended: float | timedelta | str | None = None,
         max_per_user: int | None = None,
+        max_sessions: int | None = None,
         cap_policy: CapPolicy | None = None,
         max_bytes: int | None = None,
         max_entries: int | None = None,
@@ -212,7 +213,7 @@ class PersistSession:
         They are in the same store, have no cookie, keep their data when they end, and may have a history. The first call
         sets them up, best where the application is made, so that backups and cleanups know of them in every process;
         later ones need the name alone. The options are those settings, for these sessions; what is not given is as the
-        settings have it, but for ``max_per_user``, which is 0.
+        settings have it, but for ``max_per_user`` and ``max_sessions``, which are 0.
 
         :param name: of the namespace: 1 to 40 lower-case letters, digits and underscores.
         :param app: the application; not given: the current one, or the one that this object was made with.
@@ -231,6 +232,7 @@ class PersistSession:
             "renew_interval": renew_interval,
             "keep_ended": keep_ended,
             "max_per_user": max_per_user,
+            "max_sessions": max_sessions,
             "cap_policy": cap_policy,
             "max_bytes": max_bytes,
             "max_entries": max_entries,
@@ -412,9 +414,11 @@ class PersistSession:
 
 
 def _migration(manager: SessionManager, target: SessionStore, progress: Progress) -> Migration:
+    to = target if manager.namespace == WEB else target.namespace(manager.namespace)
+    to.margin = manager.store.margin  # what waits for on_end there must not go by itself either
     return Migration(
         manager.store,
-        target if manager.namespace == WEB else target.namespace(manager.namespace),
+        to,
         lambda: manager.clock(),
         progress,
         is_over=manager.is_over,
@@ -500,7 +504,7 @@ def _set_up(state: _State, name: str, options: dict[str, Any]) -> SessionManager
     try:
         return state.common.manager(state.store.namespace(name), name, keep_data=True, **options)
     except UnsupportedByStore as error:
-        wanted = " and ".join(key for key in ("max_per_user", "on_end", "min_entries") if options.get(key))
+        wanted = " and ".join(key for key in ("max_per_user", "max_sessions", "on_end", "min_entries") if options.get(key))
         if wanted:
             raise ConfigError(f"{wanted} of the namespace {name!r} needs what the store cannot do: {error}") from error
         raise

@@ -21,6 +21,7 @@ class History:
     """The entries of one session, numbered from 1 without gaps; see ``SessionManager.history``.
 
     :param session: returns the session if it is active, and raises ``SessionNotFound`` otherwise.
+    :param load: returns it in whatever state.
     :param renewed: is given the session after something was appended.
     :param is_there: whether what was just read is still of the session that is meant.
     :param max_entries: how many entries there may be; 0: any number.
@@ -35,6 +36,7 @@ class History:
         *,
         clock: Callable[[], float],
         session: Callable[[str], StoredSession],
+        load: Callable[[str], StoredSession | None],
         renewed: Callable[[StoredSession], object],
         is_there: Callable[[], bool],
         max_entries: int,
@@ -46,6 +48,7 @@ class History:
         self._codec = codec
         self._clock = clock
         self._session = session
+        self._load = load
         self._renewed = renewed
         self._is_there = is_there
         self._max_entries = max_entries
@@ -69,6 +72,8 @@ class History:
         encoded = [self._encode(entry) for entry in entries]
         if not encoded:
             raise ValueError("nothing to append: give at least one entry")
+        if expected_seq is not None and type(expected_seq) is not int:
+            raise ValueError(f"expected_seq is {expected_seq!r:.80}; allowed is the number of an entry, or 0")
         session = self._session(self.session_id)
         if self._began not in (None, session.created_at):
             raise SessionNotFound(f"no active session {self.session_id}: {ANOTHER}")
@@ -138,7 +143,13 @@ class History:
             raise SessionNotFound(f"session {self.session_id} is there no more, or its key leads to another now")
 
     def clear(self) -> bool:
-        """Remove all entries; the next one is number 1 again. Says whether there were any."""
+        """Remove all entries; the next one is number 1 again. Says whether there were any.
+
+        Once something was appended here, only those of that session: none, if its key leads to another by now.
+        """
+        current = None if self._began is None else self._load(self.session_id)
+        if current is not None and current.created_at != self._began:
+            return False
         return self._log.delete(self.session_id)
 
     def __iter__(self) -> Iterator[HistoryEntry]:

@@ -15,7 +15,7 @@ from . import tokens
 from .announcer import Announcer
 from .caps import StoreCap, UserCap
 from .cleanup import Archive
-from .config import CapPolicy
+from .config import PREFIX, CapPolicy
 from .exceptions import (
     SerializationError,
     SessionConflict,
@@ -98,9 +98,15 @@ class Lifecycle:
             keep_data=keep_data,
             hands_over=on_end is not None,
         )
-        self._user_cap = UserCap(store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy)
-        self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions)
+        self._user_cap = UserCap(
+            store, self._lifetime, self._end_as_read, most=max_per_user, policy=cap_policy, name=self._limit("max_per_user")
+        )
+        self._store_cap = StoreCap(store, lambda: self.clock(), most=max_sessions, name=self._limit("max_sessions"))
         self._lookup = Lookup(store, self._codec, self._lifetime)
+
+    def _limit(self, name: str) -> str:
+        """What a limit is called where it is set."""
+        return f"{PREFIX}{name.upper()}" if self.namespace == WEB else f"{name} of the namespace {self.namespace!r}"
 
     def _bind_to(self, tenant_id: str, clock: Callable[[], float]) -> None:
         """Have nothing but what is of a tenant, from now on. Caps count within a tenant anyway."""
@@ -134,9 +140,13 @@ class Lifecycle:
         return described
 
     def _take_back(self, new: StoredSession) -> None:
-        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire."""
+        """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire.
+
+        Others may go by its key already. What they have stored is not deleted, but ends.
+        """
         with suppress(StoreError):
-            self.store.delete(new.id)
+            if not self.store.delete(new.id, expected=new.version if new.token is None else None):
+                self._end_as_read(new.record, "rejected")
 
     def _draft(
         self,
@@ -384,7 +394,7 @@ class Lifecycle:
         if len(payload) > self._max_bytes:
             largest = ", ".join(f"{key!r}: {size:,}" for key, size in islice(self._codec.sizes(data).items(), 3))
             raise SessionTooLarge(
-                f"the session takes {len(payload):,} bytes, PERSIST_SESSION_MAX_BYTES allows {self._max_bytes:,}; "
+                f"the session takes {len(payload):,} bytes, {self._limit('max_bytes')} allows {self._max_bytes:,}; "
                 f"its largest keys are {largest}"
             )
         return payload
@@ -421,11 +431,12 @@ class Lifecycle:
         try:
             self._close(record, reason)
         except SessionConflict:
-            return self._end(record.id, reason)
+            return self._end(record.id, reason, record.created_at)
         self._announcer.ended(record, reason)
         return True
 
-    def _end(self, session_id: str, reason: str) -> bool:
+    def _end(self, session_id: str, reason: str, began: float | None = None) -> bool:
+        """What ``end`` does, to the session that began then, or else to the one that is met first under that id."""
         retry = Retry(session_id, "ended")
         while True:
             try:
@@ -433,8 +444,9 @@ class Lifecycle:
             except SerializationError as error:
                 self._report_corrupt(session_id, error)
                 return False
-            if record is None or record.ended_at is not None:
+            if record is None or record.ended_at is not None or began not in (None, record.created_at):
                 return False
+            began = record.created_at
             # One that has expired ends too: the clock may be wrong, and set right later.
             active = self._lifetime.state(record) == "active"
             if reason == "regenerated" and not active:

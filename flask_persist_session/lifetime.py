@@ -168,6 +168,15 @@ class Lifetime:
         ahead = record.created_at - self.clock() > _CLOCK_SLACK
         return -math.inf if ahead else record.created_at, record.id
 
+    def beginning_after(self, record: SessionRecord) -> float:
+        """When a session begins that follows *record* under its key: later, by which the two are told apart.
+
+        One of a clock that was ahead must not make all that follow as old as it seems.
+        """
+        now = self.clock()
+        ahead = record.created_at - now > _CLOCK_SLACK
+        return now if ahead else max(now, math.nextafter(record.created_at, math.inf))
+
     def active_since(self) -> float | None:
         """Sessions that began earlier have reached the absolute timeout, in seconds since the epoch."""
         return None if self.absolute_timeout is None else math.nextafter(self.clock() - self.absolute_timeout, math.inf)

@@ -135,13 +135,14 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             expires_before=expires_before,
             text=text,
             order_by=order_by,
-            limit=None if judged_here else limit,
-            offset=0 if judged_here else offset,
+            limit=limit,
+            offset=offset,
         )
-        position = query.position(after) if isinstance(after, SessionRecord) else after
-        found = self.store.find(query if position is None else replace(query, after=position))
+        if after is not None:
+            query = replace(query, after=query.position(after) if isinstance(after, SessionRecord) else after)
         if not judged_here:
-            return found
+            return self.store.find(query)
+        found = self.store.find(replace(query, limit=None, offset=0))
         matching = (record for record in found if self._matches(record, active, has_history, processed))
         return islice(matching, offset, None if limit is None else offset + limit)
 
@@ -176,6 +177,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             self._codec,
             clock=lambda: self.clock(),
             session=self.existing,
+            load=self.load,
             renewed=self._renewed,
             is_there=(lambda: meant is None or self._is_there(meant.record)),
             max_entries=self._max_entries,

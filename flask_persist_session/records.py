@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -150,13 +149,18 @@ class SessionQuery:
     def _check_after(self, after: Position) -> None:
         if self.order_by is None or self.offset:
             raise ValueError("a query with after= needs order_by=, and takes no offset=")
-        value, session_id = after
-        fits = value == session_id if self.by_id else type(value) in (int, float) and abs(float(value)) < math.inf
-        if not (fits and is_session_id(session_id)):
+        if not (isinstance(after, tuple) and len(after) == 2 and self._is_position(*after)):
             raise ValueError(
                 f"after is {after!r}; allowed is the position of a record in {self.order_by}: the value of that field and "
                 "the id"
             )
+
+    def _is_position(self, value: object, session_id: object) -> bool:
+        if not isinstance(session_id, str) or not is_session_id(session_id):
+            return False
+        if self.by_id:
+            return value == session_id
+        return type(value) in (int, float) and FIRST_MOMENT <= value < LAST_MOMENT  # type: ignore[operator]
 
     @property
     def by_id(self) -> bool:

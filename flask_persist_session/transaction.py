@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from .creating import in_use
 from .editing import Editing
 from .lifecycle import check_reason, labels
 from .records import JSON, Change
@@ -79,13 +80,14 @@ class Transacting(Editing):
         """
         run = Transaction(self.existing, self._draft_in_transaction)
         yield run
-        for _session in run.created:
-            self._store_cap.admit()
         edited = [(session, changed) for session, changed in self._edited(run) if changed.version > session.version]
         ended = [session for session_id, session in run.sessions.items() if session_id in run.reasons]
+        endings = [self._ending(session, run.reasons[session.id]) for session in ended]
+        self._store_cap.admit(len(run.created))
+        self._free_keys(run.created)
         changes = [
             *(Change(record=changed, expected=session.version) for session, changed in edited),
-            *(self._ending(session, run.reasons[session.id]) for session in ended),
+            *endings,
             *(Change(record=session.record, expected=0) for session in run.created),
         ]
         if changes:
@@ -114,10 +116,15 @@ class Transacting(Editing):
         owner = self._owner(user_id, tenant_id)
         self._user_cap.check_undecided(owner.user_id)
         key_id = None if key is None else self.key_id(key, owner)
-        draft = self._draft(data or {}, owner, self._description(metadata, lifetime), labels(tags), key_id=key_id)
-        if key_id is not None:
-            draft.record = self._free(draft.record)
-        return draft
+        if key_id is not None and self.get(key_id) is not None:
+            raise in_use(key_id)
+        return self._draft(data or {}, owner, self._description(metadata, lifetime), labels(tags), key_id=key_id)
+
+    def _free_keys(self, created: Iterable[StoredSession]) -> None:
+        """Move what ended under the keys of *created* aside: only now, because the block might have raised."""
+        for session in created:
+            if session.token is None:
+                session.record = self._free(session.record)
 
     def _edited(self, run: Transaction) -> Iterator[tuple[StoredSession, Any]]:
         for session in run.sessions.values():
@@ -125,10 +132,10 @@ class Transacting(Editing):
                 yield session, self._changed(session) or session.record
 
     def _ending(self, session: StoredSession, reason: str) -> Change:
-        forget = reason == "deleted"
-        last = session.record if forget else self._changed(session) or session.record
-        ended = self._lifetime.ended(replace(last, version=session.version), reason, forget=forget)
-        return Change(record=ended, expected=session.version)
+        """The end of a session, with what was changed in it before."""
+        changed = None if reason == "deleted" else self._changed(session)
+        ended = self._lifetime.ended(changed or session.record, reason, forget=reason == "deleted")
+        return Change(record=replace(ended, version=session.version + 1), expected=session.version)
 
     def _tell_ended(self, session: StoredSession, reason: str) -> None:
         if reason == "deleted":

@@ -327,6 +327,12 @@ def test_ending_many_says_of_each_what_became_of_it(chats: SessionManager) -> No
     assert [chats.look_up(chat.id).end_reason for chat in (active, ended)] == ["closed", "before"]
 
 
+def test_one_id_in_place_of_many_is_told(chats: SessionManager) -> None:
+    """Its characters are no ids."""
+    with pytest.raises(ValueError, match="list or set of ids"):
+        chats.end_many(chats.create().id)
+
+
 def test_many_cannot_be_ended_as_regenerated(chats: SessionManager) -> None:
     """That reason says that a session goes on elsewhere."""
     with pytest.raises(ValueError, match="regenerated"):
@@ -365,6 +371,43 @@ def test_a_transaction_stores_nothing_if_its_block_fails(chats: SessionManager) 
         attempt()
     assert data_of(chats, one) == {"n": 1}
     assert chats.stats().total == 1
+
+
+def test_a_transaction_that_fails_leaves_what_ended_under_a_key(chats: SessionManager) -> None:
+    """What ended makes room for the next session of its key once that is stored, and not before."""
+    ended = chats.create({"n": 1}, key="k")
+    chats.end(ended.id, "closed")
+
+    def attempt() -> None:
+        with chats.transaction() as together:
+            together.create(key="k")
+            1 / 0  # noqa: B018
+
+    with pytest.raises(ZeroDivisionError):
+        attempt()
+    assert chats.look_up(ended.id).end_reason == "closed"
+    with chats.transaction() as together:
+        made = together.create({"n": 2}, key="k")
+    assert (made.id, data_of(chats, made), chats.stats().total) == (ended.id, {"n": 2}, 2)
+
+
+def test_a_key_in_use_is_a_conflict_in_a_transaction(chats: SessionManager) -> None:
+    """At once, and not only at the end of the block."""
+    chats.create(key="k")
+    with chats.transaction() as together, pytest.raises(SessionConflict, match="active already"):
+        together.create(key="k")
+
+
+def test_what_is_changed_and_ended_in_a_transaction_keeps_the_change(chats: SessionManager) -> None:
+    """The last word is stored with the end."""
+    one = chats.create({"n": 1})
+    with chats.transaction() as together:
+        together.get(one.id).data["n"] = 2
+        together.get(one.id).metadata["title"] = "Done"
+        together.end(one.id)
+    closed = chats.load(one.id)
+    assert closed is not None
+    assert (closed.data, closed.metadata, closed.version) == ({"n": 2}, {"title": "Done"}, one.version + 1)
 
 
 def test_a_transaction_that_meets_another_change_stores_nothing(chats: SessionManager) -> None:
@@ -454,11 +497,21 @@ def test_a_transaction_does_not_create_where_sign_ins_are_refused(store: Session
 
 
 def test_a_transaction_heeds_the_limit_of_the_store(store: SessionStore, clock: Clock) -> None:
-    """A full store takes no session in a transaction either."""
-    chats = SessionManager(store, namespace="chat", clock=clock, max_sessions=1)
+    """A full store takes no session in a transaction either, and one that is nearly full not more than it has room for."""
+    chats = SessionManager(store, namespace="chat", clock=clock, max_sessions=3)
     chats.create()
-    with pytest.raises(SessionLimitReached), chats.transaction() as together:
-        together.create()
+
+    def create(count: int) -> None:
+        with chats.transaction() as together:
+            for _ in range(count):
+                together.create()
+
+    with pytest.raises(SessionLimitReached):
+        create(3)
+    create(2)
+    with pytest.raises(SessionLimitReached):
+        create(1)
+    assert chats.stats().total == 3
 
 
 def test_deleting_one_version(chats: SessionManager) -> None:

@@ -461,6 +461,21 @@ def test_handing_over_costs_two_saves(clock: Clock, handler: Handler) -> None:
     assert store.operations == {"find": 1, "save": 20}
 
 
+def test_redis_keeps_what_waits_after_a_migration(make_app: MakeApp, new_url: Callable[[str], str]) -> None:
+    """The server that sessions are copied to gets as much time as the one from which they come."""
+    app, url = make_app(PERSIST_SESSION_STORE="memory://"), new_url("redis")
+    sessions = PersistSession()
+    with app.app_context():
+        chats = sessions.namespace("chat", on_end=lambda _: None)
+        chat = chats.create()
+        chats.end(chat.id)
+        sessions.migrate(url)
+    store: Any = open_store(url)
+    [key] = [key for key in store._client.scan_iter(f"*{chat.id}*") if b":s:" in key]
+    assert store._client.ttl(key) > 9 * 365 * 86400
+    store.close()
+
+
 # Keys -----------------------------------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,16 @@ def test_deleting_a_session_deletes_its_history(chats: SessionManager, chat: Sto
     assert chats.store.history.read(chat.id) == []
 
 
+@pytest.mark.parametrize("expected", [True, 1.0, "1"])
+def test_an_expected_number_that_is_none_is_told(chats: SessionManager, chat: StoredSession, expected: Any) -> None:
+    """No store may take it for a number, or for none."""
+    history = chats.history(chat.id)
+    history.append(said("Hello"))
+    with pytest.raises(ValueError, match="expected_seq"):
+        history.append(said("more"), expected_seq=expected)
+    assert history.count() == 1
+
+
 def test_what_has_ended_can_be_deleted_as_well(chats: SessionManager) -> None:
     """Its data, metadata, tags and history go at once, and only once; who looks is told that it was deleted."""
     ended = chats.create({"secret": 1}, user_id="ada", metadata={"title": "Trip"}, tags=["x"])

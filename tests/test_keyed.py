@@ -11,6 +11,7 @@ import pytest
 from flask_persist_session import (
     Change,
     SessionConflict,
+    SessionLimitReached,
     SessionManager,
     SessionNotFound,
     SessionQuery,
@@ -208,6 +209,29 @@ def test_deleting_leaves_the_history_of_the_next_session_of_a_key(
     assert [entry.content for entry in chats.history(first.id)] == ["new"]
 
 
+def test_clearing_a_history_leaves_that_of_the_next_session_of_a_key(chats: SessionManager) -> None:
+    """It is not the one that was appended to."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    old = chats.history(first.id)
+    old.append({"role": "user", "content": "old"})
+    chats.history(anew(chats, first).id).append({"role": "user", "content": "new"})
+    assert not old.clear()
+    assert [entry.content for entry in chats.history(first.id)] == ["new"]
+
+
+def test_a_key_from_a_clock_that_was_ahead_can_be_used(store: SessionStore, clock: Clock) -> None:
+    """The next session of it begins now: one that seems to begin in ten days would be the first to go at a cap."""
+    chats = chats_on(store, clock, max_per_user=2, absolute_timeout=1000.0)
+    clock.advance(10 * 86400)
+    chats.end(chats.create(key="k", user_id="ada").id)
+    clock.advance(-10 * 86400)
+    for _ in range(2):
+        chats.create(user_id="ada")
+        clock.advance(1)
+    again = chats.resume_or_create(key="k", user_id="ada")
+    assert chats.existing(again.id).created_at == clock()
+
+
 def test_changing_many_leaves_the_next_session_of_a_key(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the one that was found."""
     first = chats.resume_or_create(key="k", user_id="ada", tags=["old"])
@@ -219,6 +243,49 @@ def test_changing_many_leaves_the_next_session_of_a_key(chats: SessionManager, m
 
     monkeypatch.setattr(chats.store, "save_many", use_anew_and_save)
     assert chats.update_many(SessionQuery(tags=frozenset(["old"])), data={"changed": True}) == 0
+    assert chats.existing(first.id).data == {"new": True}
+
+
+def test_refusing_a_session_that_others_go_on_with_keeps_what_they_stored(
+    store: SessionStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds it by its key before it is refused has stored something: it ends, and is not deleted."""
+    chats = chats_on(store, clock, max_per_user=1, cap_policy="reject")
+    chats.create(user_id="ada")
+    clock.advance(1)
+    save = chats.store.save
+
+    def save_and_go_on(record: SessionRecord, *, expected: int) -> None:
+        save(record, expected=expected)
+        monkeypatch.undo()
+        with chats.edit(record.id) as session:
+            session.data["said"] = 1
+
+    monkeypatch.setattr(chats.store, "save", save_and_go_on)
+    with pytest.raises(SessionLimitReached):
+        chats.create(key="k", user_id="ada")
+    [refused] = chats.find(active=False)
+    assert (refused.end_reason, chats.decode(refused)) == ("rejected", {"said": 1})
+
+
+def test_a_cap_does_not_end_the_next_session_of_a_key(
+    store: SessionStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest is to go; by the time it would, it has ended, and its key leads to the newest."""
+    chats = chats_on(store, clock, max_per_user=1)
+    first = chats.create(key="k", user_id="ada")
+    clock.advance(1)
+    save = chats.store.save
+
+    def use_anew_and_save(record: SessionRecord, *, expected: int) -> None:
+        if record.ended_at is not None:
+            monkeypatch.undo()
+            clock.advance(1)
+            anew(chats, first)
+        save(record, expected=expected)
+
+    monkeypatch.setattr(chats.store, "save", use_anew_and_save)
+    chats.create(user_id="ada")
     assert chats.existing(first.id).data == {"new": True}
 
 

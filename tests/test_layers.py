@@ -80,6 +80,7 @@ SIBLINGS = {
     ("editing", "lifecycle"),
     ("editing", "cleanup"),
     ("editing", "stored"),
+    ("transaction", "creating"),
     ("transaction", "editing"),
     ("transaction", "lifecycle"),
     ("transaction", "stored"),

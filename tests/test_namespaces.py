@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cachelib import SimpleCache
@@ -14,9 +15,11 @@ from flask import Flask, session
 from flask_persist_session import (
     ConfigError,
     PersistSession,
+    SessionLimitReached,
     SessionManager,
     SessionNotFound,
     SessionStore,
+    SessionTooLarge,
     UnsupportedByStore,
     open_store,
     session_created,
@@ -103,6 +106,27 @@ def test_a_wrong_name_is_told(make_app: MakeApp, name: str) -> None:
         with pytest.raises(ConfigError, match="namespace"):
             PersistSession().namespace(name)
         assert set(PersistSession().managers) == {"web"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [
+        ({"max_sessions": 1}, SessionLimitReached),
+        ({"max_per_user": 1, "cap_policy": "reject"}, SessionLimitReached),
+        ({"max_bytes": 200}, SessionTooLarge),
+    ],
+    ids=str,
+)
+def test_a_limit_of_a_namespace_is_its_own(make_app: MakeApp, limit: dict[str, Any], error: type[Exception]) -> None:
+    """What exceeds it is told by its name, and the sessions of the cookie have others."""
+    sessions = PersistSession()
+    with make_app().app_context():
+        chats = sessions.namespace("chat", **limit)
+        chats.create(user_id="ada")
+        with pytest.raises(error, match=f"{next(iter(limit))} of the namespace 'chat'"):
+            chats.create({"a": "x" * 300}, user_id="ada")
+        for _ in range(2):
+            sessions.manager.create({"a": "x" * 300}, user_id="ada")
 
 
 def test_the_namespace_of_the_cookie_takes_no_options(make_app: MakeApp) -> None:

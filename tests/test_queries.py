@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flask_persist_session import SessionQuery, open_store
+from flask_persist_session import SessionManager, SessionQuery, open_store
 from flask_persist_session.testing import make_record
 from tests.servers import RedisServer
 
@@ -30,6 +30,10 @@ OTHER = make_record(1).id
         {"after": (True, ID), "order_by": "created_at"},
         {"after": (1.0, "f" * 67), "order_by": "created_at"},
         {"after": ("", ""), "order_by": "id"},
+        {"after": (1.0,), "order_by": "created_at"},
+        {"after": "abc", "order_by": "created_at"},
+        {"after": (1.0, 7), "order_by": "created_at"},
+        {"after": (10**400, ID), "order_by": "created_at"},
     ],
     ids=str,
 )
@@ -37,6 +41,17 @@ def test_a_position_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
     """``after`` needs an order and a position in it, and takes no offset."""
     with pytest.raises(ValueError, match="after"):
         SessionQuery(**wrong)
+
+
+@pytest.mark.parametrize("judged", [{"active": False}, {"has_history": False}, {"processed": True}, {}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"limit": -1}, {"offset": -1}, {"after": (1.0, ID), "order_by": "created_at", "offset": 1}]
+)
+def test_wrong_pages_are_refused_whatever_is_looked_for(judged: dict[str, Any], wrong: dict[str, Any]) -> None:
+    """Also where the manager cuts the page, because no store knows the condition."""
+    manager = SessionManager(open_store("memory://"))
+    with pytest.raises(ValueError, match=r"limit|after"):
+        manager.find(**judged, **wrong)
 
 
 def test_the_position_of_a_record() -> None:
