@@ -36,6 +36,7 @@ from flask_persist_session import (
 )
 from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import EndingReport, pause_after
+from flask_persist_session.migrate import Migration
 from flask_persist_session.sweeper import Sweeper
 from tests.conftest import Clock
 from tests.servers import wait_until
@@ -553,6 +554,29 @@ def test_what_can_be_decoded_but_is_no_entry_is_named(chats: SessionManager) -> 
     chats.store.history.append(chat.id, [chat.record.data], created_at=1.0)
     with pytest.raises(SerializationError, match=f"entry 1 of the history of {chat.id}"):
         chats.history(chat.id).latest()
+
+
+def test_the_latest_256_appends_can_be_repeated(store: SessionStore, clock: Clock) -> None:
+    """Of more that had a key, at least these are remembered, with what each of them was answered."""
+    chats = chats_on(store, clock, renew_interval=60.0)
+    history = chats.history(chats.create().id)
+
+    def append(number: int) -> int:
+        return history.append({"role": "user", "content": number}, idempotency_key=f"form {number}")
+
+    assert [append(number) for number in range(1, 301)] == list(range(1, 301))
+    assert [append(number) for number in range(45, 301)] == list(range(45, 301))
+    assert history.count() == 300
+
+
+def test_a_long_history_is_migrated_whole(memory: SessionStore, clock: Clock) -> None:
+    """However many steps it takes, nothing is left out between them."""
+    chats, target = chats_on(memory, clock), open_store("memory://")
+    chat = chats.create()
+    say(chats, chat, *range(1, 1202))
+    Migration(chats.store, target.namespace("chat"), clock).run()
+    moved = chats_on(target, clock)
+    assert said(moved, chat.id) == list(range(1, 1202))
 
 
 # Endings --------------------------------------------------------------------------------------------------------------
