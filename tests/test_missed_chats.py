@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, current_thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
 from flask import Flask
 
 from flask_persist_session import (
+    Change,
     ConfigError,
     HistoryConflict,
     LogEntry,
@@ -38,6 +39,7 @@ from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import EndingReport, pause_after
 from flask_persist_session.migrate import Migration
 from flask_persist_session.sweeper import Sweeper
+from flask_persist_session.testing import make_record
 from tests.conftest import Clock
 from tests.servers import wait_until
 
@@ -509,6 +511,31 @@ def test_after_an_edit_its_metadata_are_those_that_were_stored(chats: SessionMan
             other.tags.add("x")
     assert (session.metadata, session.tags) == ({"a": 1, "b": 2, "c": 3}, {"x"})
     assert session.redescribed() is None
+
+
+def test_nobody_sees_a_half_of_a_transaction_in_memory(memory: SessionStore) -> None:
+    """Who looks while it is being stored waits until all of it is."""
+    records = [make_record(number) for number in range(2)]
+    memory.transaction([Change(record=record, expected=0) for record in records])
+    seen: list[list[int]] = []
+
+    class Looking(dict[str, Any]):
+        """Metadata while the copying of which somebody else reads all sessions."""
+
+        def __deepcopy__(self, _: object) -> dict[str, Any]:
+            reader = Thread(target=lambda: seen.append([memory.get(record.id).version for record in records]))  # type: ignore[union-attr]
+            reader.start()
+            reader.join(0.2)  # it waits, or is done at once
+            readers.append(reader)
+            return dict(self)
+
+    readers: list[Thread] = []
+    changes = [replace(record, version=2, metadata=Looking(a=1)) for record in records]
+    memory.transaction([Change(record=record, expected=1) for record in changes])
+    for reader in readers:
+        reader.join()
+    assert seen
+    assert all(versions in ([1, 1], [2, 2]) for versions in seen)
 
 
 # Histories ------------------------------------------------------------------------------------------------------------
