@@ -933,3 +933,21 @@ def test_namespaces_that_come_later_are_in_the_automatic_backup(make_app: MakeAp
     chats.create({"a": 1})
     report = app.extensions["persist_session"].automatic_backup.turn()
     assert report.sessions == 1
+
+
+def test_a_namespace_that_cannot_be_swept_does_not_keep_others_from_it(
+    memory: SessionStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its trouble lasts, what has ended elsewhere is removed and handed over; the error goes on."""
+    managers = {name: SessionManager(memory.namespace(name), namespace=name, clock=clock) for name in ("one", "two")}
+    for manager in managers.values():
+        manager.create(lifetime=1)
+    clock.advance(200)
+
+    def broken(_: object) -> Any:
+        raise StoreError("the index of one is damaged")
+
+    monkeypatch.setattr(managers["one"].store, "find", broken)
+    with pytest.raises(StoreError, match="the index of one"):
+        Sweeper(managers, 600).sweep()
+    assert [manager.stats().total for manager in managers.values()] == [1, 0]
