@@ -538,6 +538,17 @@ def test_nobody_sees_a_half_of_a_transaction_in_memory(memory: SessionStore) -> 
     assert all(versions in ([1, 1], [2, 2]) for versions in seen)
 
 
+def test_what_a_transaction_stored_is_out_of_reach(memory: SessionStore) -> None:
+    """Who goes on changing the metadata that were handed over changes nothing in the store."""
+    metadata: dict[str, Any] = {"topics": ["trips"]}
+    record = make_record(metadata=metadata)
+    memory.transaction([Change(record=record, expected=0)])
+    metadata["topics"].append("food")
+    found = memory.get(record.id)
+    assert found is not None
+    assert found.metadata == {"topics": ["trips"]}
+
+
 # Histories ------------------------------------------------------------------------------------------------------------
 
 
@@ -760,7 +771,7 @@ def test_a_namespace_does_as_the_settings_say_otherwise(make_app: MakeApp, clock
     chats = PersistSession().namespace("chat", app=app)
     chats.clock = clock
     first, second = (chats.create(user_id="ada") for _ in range(2))
-    assert chats.get(first.id) is not None
+    assert None not in (chats.get(first.id), chats.get(second.id))
     assert second.expires_at == clock() + 500
     with pytest.raises(SessionTooLarge):
         chats.create({"a": "x" * 600})
@@ -810,7 +821,7 @@ def test_entries_cannot_be_counted_where_there_are_no_histories(make_app: MakeAp
     PersistSession().namespace("chat", app=app, on_end=print)
 
 
-def test_namespaces_that_come_later_are_swept_and_backed_up(make_app: MakeApp, clock: Clock) -> None:
+def test_namespaces_that_come_later_are_swept(make_app: MakeApp, clock: Clock) -> None:
     """What works in the background knows of all there are when it starts a run."""
     app = make_app(PERSIST_SESSION_CLEANUP_INTERVAL=600)
     state: Any = app.extensions["persist_session"]
