@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from .exceptions import UnsupportedByStore
 from .lifecycle import WEB
@@ -91,8 +91,9 @@ class Sweeper(Recurring):
         mine = [manager for manager in list(self._managers.values()) if manager.store.lease(_LEASE, 2 * self._interval)]
         if not mine or self._clock_was_set():
             return False
-        for manager in mine:
-            self._clean_up(manager)
+        with ExitStack() as all_of_them:  # so that one that fails does not keep the others waiting
+            for manager in reversed(mine):
+                all_of_them.callback(self._clean_up, manager)
         return True
 
     def _clean_up(self, manager: SessionManager) -> None:

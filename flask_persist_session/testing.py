@@ -1886,7 +1886,7 @@ class HistoryLogContract(_Contract):
         assert [entry.data for entry in log.read(other.id)] == [b"b"]
         assert log.append(other.id, [b"b"], created_at=1.0, key="key") == 1
 
-    @pytest.mark.parametrize("way", ["delete", "this version", "delete_many"])
+    @pytest.mark.parametrize("way", ["delete", "this version", "delete_many", "transaction"])
     def test_deleting_a_session(
         self, store: SessionStore, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], way: str
     ) -> None:
@@ -1894,6 +1894,11 @@ class HistoryLogContract(_Contract):
         log.append(record.id, [b"a"], created_at=1.0, key="key")
         if way == "delete_many":
             assert store.delete_many([Deletion(id=record.id)]) == [True]
+        elif way == "transaction":
+            try:
+                store.transaction([Deletion(id=record.id, expected=1)])
+            except UnsupportedByStore as error:
+                pytest.skip(str(error))
         else:
             assert store.delete(record.id, expected=1 if way == "this version" else None)
         assert (log.count(record.id), log.read(record.id), log.delete(record.id)) == (0, [], False)

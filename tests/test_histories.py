@@ -70,7 +70,7 @@ def append(store: SessionStore, *numbers: int, **options: Any) -> int:
 def numbers(store: SessionStore, **part: Any) -> list[int]:
     """The numbers of what is read, each in its place."""
     entries = store.history.read(RECORD.id, **part)
-    assert all(entry.data == b"entry %d" % entry.seq for entry in entries)
+    assert all((entry.data, entry.created_at) == (b"entry %d" % entry.seq, 1.0) for entry in entries)
     return [entry.seq for entry in entries]
 
 
@@ -495,6 +495,15 @@ def test_a_history_lives_as_long_as_its_session(new_url: NewURL, client: redis.R
     longer = following(RECORD, expires_at=RECORD.expires_at + 9e6)
     store.save(longer, expected=1)
     assert all(client.pttl(key) > session + 8e9 for key in keys.values())
+
+
+def test_a_history_that_was_restored_lives_as_long_as_its_session(new_url: NewURL, client: redis.Redis) -> None:
+    """It is not left for ever when the session goes by itself."""
+    url = new_url("redis")
+    store = opened(url)
+    store.history.restore(RECORD.id, [LogEntry(seq=1, data=b"entry 1", created_at=1.0)])
+    keys = keys_of(client, url)
+    assert client.pttl(keys["h"]) > client.pttl(keys["s"]) - 60_000 > 0
 
 
 def test_what_the_server_expired(new_url: NewURL, client: redis.Redis) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, current_thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
 from flask import Flask
 
 from flask_persist_session import (
+    Change,
     ConfigError,
     HistoryConflict,
     LogEntry,
@@ -36,7 +37,9 @@ from flask_persist_session import (
 )
 from flask_persist_session import ending as ending_module
 from flask_persist_session.ending import EndingReport, pause_after
+from flask_persist_session.migrate import Migration
 from flask_persist_session.sweeper import Sweeper
+from flask_persist_session.testing import make_record
 from tests.conftest import Clock
 from tests.servers import wait_until
 
@@ -510,6 +513,42 @@ def test_after_an_edit_its_metadata_are_those_that_were_stored(chats: SessionMan
     assert session.redescribed() is None
 
 
+def test_nobody_sees_a_half_of_a_transaction_in_memory(memory: SessionStore) -> None:
+    """Who looks while it is being stored waits until all of it is."""
+    records = [make_record(number) for number in range(2)]
+    memory.transaction([Change(record=record, expected=0) for record in records])
+    seen: list[list[int]] = []
+
+    class Looking(dict[str, Any]):
+        """Metadata while the copying of which somebody else reads all sessions."""
+
+        def __deepcopy__(self, _: object) -> dict[str, Any]:
+            reader = Thread(target=lambda: seen.append([memory.get(record.id).version for record in records]))  # type: ignore[union-attr]
+            reader.start()
+            reader.join(0.2)  # it waits, or is done at once
+            readers.append(reader)
+            return dict(self)
+
+    readers: list[Thread] = []
+    changes = [replace(record, version=2, metadata=Looking(a=1)) for record in records]
+    memory.transaction([Change(record=record, expected=1) for record in changes])
+    for reader in readers:
+        reader.join()
+    assert seen
+    assert all(versions in ([1, 1], [2, 2]) for versions in seen)
+
+
+def test_what_a_transaction_stored_is_out_of_reach(memory: SessionStore) -> None:
+    """Who goes on changing the metadata that were handed over changes nothing in the store."""
+    metadata: dict[str, Any] = {"topics": ["trips"]}
+    record = make_record(metadata=metadata)
+    memory.transaction([Change(record=record, expected=0)])
+    metadata["topics"].append("food")
+    found = memory.get(record.id)
+    assert found is not None
+    assert found.metadata == {"topics": ["trips"]}
+
+
 # Histories ------------------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +592,29 @@ def test_what_can_be_decoded_but_is_no_entry_is_named(chats: SessionManager) -> 
     chats.store.history.append(chat.id, [chat.record.data], created_at=1.0)
     with pytest.raises(SerializationError, match=f"entry 1 of the history of {chat.id}"):
         chats.history(chat.id).latest()
+
+
+def test_the_latest_256_appends_can_be_repeated(store: SessionStore, clock: Clock) -> None:
+    """Of more that had a key, at least these are remembered, with what each of them was answered."""
+    chats = chats_on(store, clock, renew_interval=60.0)
+    history = chats.history(chats.create().id)
+
+    def append(number: int) -> int:
+        return history.append({"role": "user", "content": number}, idempotency_key=f"form {number}")
+
+    assert [append(number) for number in range(1, 301)] == list(range(1, 301))
+    assert [append(number) for number in range(45, 301)] == list(range(45, 301))
+    assert history.count() == 300
+
+
+def test_a_long_history_is_migrated_whole(memory: SessionStore, clock: Clock) -> None:
+    """However many steps it takes, nothing is left out between them."""
+    chats, target = chats_on(memory, clock), open_store("memory://")
+    chat = chats.create()
+    say(chats, chat, *range(1, 1202))
+    Migration(chats.store, target.namespace("chat"), clock).run()
+    moved = chats_on(target, clock)
+    assert said(moved, chat.id) == list(range(1, 1202))
 
 
 # Endings --------------------------------------------------------------------------------------------------------------
@@ -709,7 +771,7 @@ def test_a_namespace_does_as_the_settings_say_otherwise(make_app: MakeApp, clock
     chats = PersistSession().namespace("chat", app=app)
     chats.clock = clock
     first, second = (chats.create(user_id="ada") for _ in range(2))
-    assert chats.get(first.id) is not None
+    assert None not in (chats.get(first.id), chats.get(second.id))
     assert second.expires_at == clock() + 500
     with pytest.raises(SessionTooLarge):
         chats.create({"a": "x" * 600})
@@ -759,7 +821,7 @@ def test_entries_cannot_be_counted_where_there_are_no_histories(make_app: MakeAp
     PersistSession().namespace("chat", app=app, on_end=print)
 
 
-def test_namespaces_that_come_later_are_swept_and_backed_up(make_app: MakeApp, clock: Clock) -> None:
+def test_namespaces_that_come_later_are_swept(make_app: MakeApp, clock: Clock) -> None:
     """What works in the background knows of all there are when it starts a run."""
     app = make_app(PERSIST_SESSION_CLEANUP_INTERVAL=600)
     state: Any = app.extensions["persist_session"]
@@ -882,3 +944,21 @@ def test_namespaces_that_come_later_are_in_the_automatic_backup(make_app: MakeAp
     chats.create({"a": 1})
     report = app.extensions["persist_session"].automatic_backup.turn()
     assert report.sessions == 1
+
+
+def test_a_namespace_that_cannot_be_swept_does_not_keep_others_from_it(
+    memory: SessionStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its trouble lasts, what has ended elsewhere is removed and handed over; the error goes on."""
+    managers = {name: SessionManager(memory.namespace(name), namespace=name, clock=clock) for name in ("one", "two")}
+    for manager in managers.values():
+        manager.create(lifetime=1)
+    clock.advance(200)
+
+    def broken(_: object) -> Any:
+        raise StoreError("the index of one is damaged")
+
+    monkeypatch.setattr(managers["one"].store, "find", broken)
+    with pytest.raises(StoreError, match="the index of one"):
+        Sweeper(managers, 600).sweep()
+    assert [manager.stats().total for manager in managers.values()] == [1, 0]
