@@ -440,6 +440,13 @@ def test_a_clock_that_is_set_back_a_little_takes_nothing_away(manager: SessionMa
     assert session.expires_at == before
 
 
+def test_find_takes_no_text_for_tags(manager: SessionManager) -> None:
+    """Its letters would be the tags, and nothing would be found."""
+    manager.create(tags=["hot"])
+    with pytest.raises(ValueError, match="tags are 'hot'; allowed is a list or set"):
+        manager.find(tags="hot")
+
+
 def test_find_lists_by_condition(manager: SessionManager, clock: Clock) -> None:
     """User, tags, state, order and limit choose what is listed."""
     ids = []
