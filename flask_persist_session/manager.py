@@ -158,7 +158,8 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         """The history of a session, whatever its state; nothing is looked up yet.
 
         Of an id it is the one that is there under this id. Of a session, or its record, it is that of just this one: where
-        its key was used anew since, reading and appending raise ``SessionNotFound``; each reading costs a look at the session.
+        its key was used anew since, reading and appending raise ``SessionNotFound``; each reading costs a look at the
+        session.
 
         Raises ``UnsupportedByStore`` where the store keeps none, or for the sessions behind ``flask.session``: their id
         changes at sign-in.
@@ -230,8 +231,9 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         meanwhile stays. If there is an archive, each batch is in it before it is removed. In a namespace with ``on_end``
         nothing goes that this has not had, and what is due for it is handed over at the end, see ``process_ended``.
 
-        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, ``BackupError`` if the archive cannot be
-        written, which removes nothing of the batch, and what a receiver raises.
+        Raises ``ValueError`` for an *older_than* that is no number, ``UnsupportedByStore`` where the store cannot list,
+        ``StoreError``, ``BackupError`` if the archive cannot be written, which removes nothing of the batch, and what a
+        receiver raises.
         """
         now = self.clock()
         run = Cleanup(self.store, self._announcer, now, deliver, self._archive, self._lifetime.awaits)

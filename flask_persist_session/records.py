@@ -110,8 +110,9 @@ class SessionQuery:
     matches. Such a page costs the same however many come before it, and what is created or deleted meanwhile neither
     repeats nor skips a record on it, as it does with *offset*.
 
-    Raises ``ValueError`` for a user or tenant that is no text, tags that are no frozenset, an unknown order, a negative limit or offset, a state without *now*, an *id_prefix* that no
-    id can have, or an *after* that is no position in *order_by* or comes with an *offset*.
+    Raises ``ValueError`` for a user or tenant that is no text, tags that are no frozenset, an unknown order, a negative
+    limit or offset, a state without *now*, an *id_prefix* that no id can have, or an *after* that is no position in
+    *order_by* or comes with an *offset*.
     """
 
     ids: frozenset[str] | None = None

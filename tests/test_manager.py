@@ -355,6 +355,15 @@ def test_cleanup_with_an_age_removes_idle_sessions(manager: SessionManager, cloc
     assert manager.get(used.id) is not None
 
 
+@pytest.mark.parametrize("age", ["7d", -1, float("nan")], ids=str)
+def test_cleanup_takes_its_age_in_seconds(manager: SessionManager, age: Any) -> None:
+    """Anything else is a mistake, and removes nothing."""
+    manager.create()
+    with pytest.raises(ValueError, match=r"older_than is .* number of seconds"):
+        manager.cleanup(older_than=age)
+    assert manager.stats().active == 1
+
+
 def test_cleanup_spares_a_session_renewed_meanwhile(
     manager: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
