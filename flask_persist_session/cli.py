@@ -194,8 +194,27 @@ def _find(session_id: str) -> tuple[SessionDetails, ArchivedSession | None]:
     except SessionNotFound as error:
         archived = _search_archives(session_id) if error.missing else None
         if archived is None:
-            raise
+            raise _pointing_elsewhere(error, session_id) from None
         return manager.inspect(archived.record, entries=archived.entries, latest=archived.latest), archived
+
+
+def _pointing_elsewhere(error: SessionNotFound, session_id: str) -> SessionNotFound:
+    """*error* with the namespaces that have a session of that id, if there are any."""
+    names = [name for name, manager in extension().managers.items() if error.missing and _has(manager, session_id)]
+    if not names:
+        return error
+    hints = " or ".join(f"--namespace {name}" for name in names)
+    return SessionNotFound(f"no session {session_id.strip()} here, but there is one with {hints}", missing=True)
+
+
+def _has(manager: SessionManager, session_id: str) -> bool:
+    try:
+        manager.look_up(session_id)
+    except SessionNotFound:
+        return False
+    except SerializationError:
+        return True  # the command with this namespace tells why it cannot be read
+    return True
 
 
 def _search_archives(beginning: str) -> ArchivedSession | None:
@@ -265,7 +284,8 @@ def _revoke_ids(manager: SessionManager, session_ids: tuple[str, ...], yes: bool
         try:
             record = manager.look_up(session_id)
         except (SessionNotFound, SerializationError) as error:
-            click.echo(f"Error: {terminal.one_line(str(error))}", err=True)
+            told = _pointing_elsewhere(error, session_id) if isinstance(error, SessionNotFound) else error
+            click.echo(f"Error: {terminal.one_line(str(told))}", err=True)
             unknown += 1
         else:
             found[record.id] = record

@@ -77,7 +77,7 @@ class Editing(Creating):
         Its absolute timeout stays. Raises ``ValueError`` for no positive number, ``SessionNotFound`` if it is not active,
         ``StoreError``.
         """
-        if not 0 < seconds < float("inf"):
+        if not (isinstance(seconds, int | float) and 0 < seconds < float("inf")):
             raise ValueError(f"a session cannot be extended by {seconds!r} seconds; give more than 0")
         return self._reschedule(session_id, "extended", lambda record: self._lifetime.extended(record, seconds))
 

@@ -79,6 +79,8 @@ class Ending(Lifecycle):
 
     def _cleanup_queries(self, now: float, older_than: float | None) -> Iterator[SessionQuery]:
         """What finds all that a cleanup at *now* is about."""
+        if older_than is not None and not (isinstance(older_than, int | float) and older_than >= 0):
+            raise ValueError(f"older_than is {older_than!r}; allowed is a number of seconds from 0")
         # A session expires at expires_at, and the query excludes its bound.
         yield SessionQuery(expires_before=math.nextafter(now, math.inf))
         if older_than is not None:

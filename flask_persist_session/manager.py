@@ -14,7 +14,7 @@ from .cleanup import Cleanup, CleanupReport
 from .ending import Ending
 from .exceptions import UnsupportedByStore
 from .history import History, decode_entry
-from .lifecycle import WEB
+from .lifecycle import WEB, labels
 from .lifetime import is_processed
 from .lookup import SessionDetails
 from .record_lines import LATEST
@@ -110,8 +110,8 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         session; ``False`` are those that it is to have, once they have ended. *after* is the last record of the page
         before, or its position: the next ones in the order are found at the cost of the first.
 
-        Raises ``ValueError`` for an order that is none, and *after* without one; ``UnsupportedByStore`` where the store
-        cannot list, or has no history, ``StoreError``.
+        Raises ``ValueError`` for an order that is none, *after* without one, and what are no tags; ``UnsupportedByStore``
+        where the store cannot list, or has no history, ``StoreError``.
         """
         if active:
             state = "active"
@@ -124,7 +124,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             ids=None if ids is None else frozenset(ids),
             user_id=None if user_id is None else str(user_id),
             tenant_id=None if tenant_id is None else str(tenant_id),
-            tags=frozenset(tags),
+            tags=labels(tags),
             state=state,
             now=self.clock(),
             created_after=created_after,
@@ -155,11 +155,12 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             return False
         return has_history is None or has_history == bool(self.store.history.count(record.id))
 
-    def history(self, session: str | StoredSession) -> History:
+    def history(self, session: str | StoredSession | SessionRecord) -> History:
         """The history of a session, whatever its state; nothing is looked up yet.
 
-        Of an id it is the one that is there under this id. Of a session it is that of just this one: where its key was
-        used anew since, reading and appending raise ``SessionNotFound``; each reading costs a look at the session.
+        Of an id it is the one that is there under this id. Of a session, or its record, it is that of just this one: where
+        its key was used anew since, reading and appending raise ``SessionNotFound``; each reading costs a look at the
+        session.
 
         Raises ``UnsupportedByStore`` where the store keeps none, or for the sessions behind ``flask.session``: their id
         changes at sign-in.
@@ -169,8 +170,8 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
                 "the sessions behind flask.session get another id at sign-in, so they have no history; keep it in a "
                 'session of a namespace of yours: sessions.namespace("chat")'
             )
-        meant = None if isinstance(session, str) else session
-        session_id = meant.id if meant else str(session)
+        meant = session.record if isinstance(session, StoredSession) else session
+        session_id = meant.id if isinstance(meant, SessionRecord) else str(meant)
         return History(
             session_id,
             self.store.history,
@@ -179,7 +180,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             session=self.existing,
             load=self.load,
             renewed=self._renewed,
-            is_there=(lambda: meant is None or self._is_there(meant.record)),
+            is_there=(lambda: not isinstance(meant, SessionRecord) or self._is_there(meant)),
             max_entries=self._max_entries,
             max_bytes=self._max_bytes,
         )
@@ -232,8 +233,9 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
         meanwhile stays. If there is an archive, each batch is in it before it is removed. In a namespace with ``on_end``
         nothing goes that this has not had, and what is due for it is handed over at the end, see ``process_ended``.
 
-        Raises ``UnsupportedByStore`` where the store cannot list, ``StoreError``, ``BackupError`` if the archive cannot be
-        written, which removes nothing of the batch, and what a receiver raises.
+        Raises ``ValueError`` for an *older_than* that is no number, ``UnsupportedByStore`` where the store cannot list,
+        ``StoreError``, ``BackupError`` if the archive cannot be written, which removes nothing of the batch, and what a
+        receiver raises.
         """
         now = self.clock()
         run = Cleanup(self.store, self._announcer, now, deliver, self._archive, self._lifetime.awaits)

@@ -109,8 +109,9 @@ class SessionQuery:
     matches. Such a page costs the same however many come before it, and what is created or deleted meanwhile neither
     repeats nor skips a record on it, as it does with *offset*.
 
-    Raises ``ValueError`` for an unknown order, a negative limit or offset, a state without *now*, an *id_prefix* that no
-    id can have, or an *after* that is no position in *order_by* or comes with an *offset*.
+    Raises ``ValueError`` for a user or tenant that is no text, tags that are no frozenset, an unknown order, a negative
+    limit or offset, a state without *now*, an *id_prefix* that no id can have, or an *after* that is no position in
+    *order_by* or comes with an *offset*.
     """
 
     ids: frozenset[str] | None = None
@@ -133,6 +134,7 @@ class SessionQuery:
     after: Position | None = None
 
     def __post_init__(self) -> None:
+        self._check_owner_and_tags()
         if self.order_by is not None and self.order_by.removeprefix("-") not in ORDERS:
             raise ValueError(f"order_by is {self.order_by!r}; allowed are {', '.join(ORDERS)}, each with an optional '-'")
         if self.offset < 0 or (self.limit is not None and self.limit < 0):
@@ -145,6 +147,14 @@ class SessionQuery:
             )
         if self.after is not None:
             self._check_after(self.after)
+
+    def _check_owner_and_tags(self) -> None:
+        # 7 would match nobody, since ids are kept as text, and the letters of a text would be taken for tags.
+        for name, value in ("user_id", self.user_id), ("tenant_id", self.tenant_id):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is {value!r}; a query takes it as text: {str(value)!r}")
+        if not isinstance(self.tags, frozenset):
+            raise ValueError(f'tags are {self.tags!r}; a query takes a frozenset of text, such as frozenset({{"a tag"}})')
 
     def _check_after(self, after: Position) -> None:
         if self.order_by is None or self.offset:

@@ -27,6 +27,7 @@ from cachelib import SimpleCache
 from flask import Flask
 
 from flask_persist_session import (
+    PersistSession,
     SessionEnded,
     SessionManager,
     SessionNotFound,
@@ -486,6 +487,17 @@ def test_an_unknown_id_is_explained(app: Flask, command: list[str]) -> None:
     assert output.startswith(f"Error: no session {'0' * 67}: it never existed, or was removed by a ")
     assert "ended ones after 24 hours (PERSIST_SESSION_KEEP_ENDED)" in output
     assert run(app, *command, "0" * 12)[1].startswith(f"Error: no session {'0' * 12}: ")
+
+
+@pytest.mark.parametrize("command", [["show"], ["why"], ["revoke", "--yes"]], ids=str)
+def test_an_id_of_another_namespace_is_pointed_to(app: Flask, command: list[str]) -> None:
+    """Whoever copies the id of a chat is told which option is missing, and nothing is done."""
+    chats = PersistSession().namespace("chat", app=app)
+    chat = chats.create({"a": 1})
+    for given in chat.id, chat.id[:12]:
+        expected = f"Error: no session {given} here, but there is one with --namespace chat\n"
+        assert run(app, *command, given) == (1, expected)
+    assert run(app, *command, chat.id, "--namespace", "chat")[0] == 0
 
 
 @pytest.mark.parametrize("word", ["", "0123456", "X" * 67, "3abZtoken-of-somebody", "%_%_%_%_%_", "0" * 68])

@@ -242,7 +242,7 @@ def test_extending_does_not_move_the_absolute_timeout(store: SessionStore, clock
     assert chats.extend(chat.id, 5000) == chat.created_at + 1000
 
 
-@pytest.mark.parametrize("seconds", [0, -5, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", [0, -5, float("nan"), float("inf"), "1h"])
 def test_a_session_is_extended_by_a_positive_number(chats: SessionManager, seconds: float) -> None:
     """Anything else is a mistake, and moves nothing."""
     chat = chats.create()

@@ -203,6 +203,19 @@ def test_a_stream_of_before_does_not_go_on_in_the_next_session_of_its_key(chats:
     assert chats.history(second.id).latest() == []
 
 
+def test_a_record_of_a_list_leads_to_its_history(chats: SessionManager) -> None:
+    """As a session does: to what was said in this one, and not in the next one of its key."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    [listed] = chats.find(user_id="ada")
+    history = chats.history(listed)
+    history.append(said("Hello"))
+    assert contents(chats.history(listed).latest()) == ["Hello"]
+    chats.end(first.id)
+    chats.resume_or_create(key="k", user_id="ada")
+    with pytest.raises(SessionNotFound, match="key"):
+        history.latest()
+
+
 def test_what_was_said_under_a_key_is_kept_with_the_session_that_ended(chats: SessionManager) -> None:
     """The next session of that key starts from nothing, and the old dialogue can be read."""
     first = chats.resume_or_create(key="k", user_id="ada")

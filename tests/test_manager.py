@@ -355,6 +355,15 @@ def test_cleanup_with_an_age_removes_idle_sessions(manager: SessionManager, cloc
     assert manager.get(used.id) is not None
 
 
+@pytest.mark.parametrize("age", ["7d", -1, float("nan")], ids=str)
+def test_cleanup_takes_its_age_in_seconds(manager: SessionManager, age: Any) -> None:
+    """Anything else is a mistake, and removes nothing."""
+    manager.create()
+    with pytest.raises(ValueError, match=r"older_than is .* number of seconds"):
+        manager.cleanup(older_than=age)
+    assert manager.stats().active == 1
+
+
 def test_cleanup_spares_a_session_renewed_meanwhile(
     manager: SessionManager, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +447,13 @@ def test_a_clock_that_is_set_back_a_little_takes_nothing_away(manager: SessionMa
     clock.advance(-3000)
     manager.renew(session)
     assert session.expires_at == before
+
+
+def test_find_takes_no_text_for_tags(manager: SessionManager) -> None:
+    """Its letters would be the tags, and nothing would be found."""
+    manager.create(tags=["hot"])
+    with pytest.raises(ValueError, match="tags are 'hot'; allowed is a list or set"):
+        manager.find(tags="hot")
 
 
 def test_find_lists_by_condition(manager: SessionManager, clock: Clock) -> None:

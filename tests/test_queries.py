@@ -54,6 +54,17 @@ def test_wrong_pages_are_refused_whatever_is_looked_for(judged: dict[str, Any], 
         manager.find(**judged, **wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"user_id": 7}, {"tenant_id": 7}, {"tags": "hot"}, {"tags": ["hot"]}],
+    ids=str,
+)
+def test_what_would_match_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    """Users and tenants are text, and tags a frozenset: anything else is a mistake, not an empty list."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SessionQuery(**wrong)
+
+
 def test_the_position_of_a_record() -> None:
     """It is the value of the field by which the order is, and the id."""
     record = make_record(accessed_at=7.5)
