@@ -11,6 +11,7 @@ from .creating import Creating
 from .exceptions import SerializationError, SessionConflict
 from .lifecycle import Metadata, Retry, check_reason, labels, missing, other_version
 from .records import Change, SessionQuery, SessionRecord
+from .serializers import dump_metadata
 from .stored import Redescribed, StoredSession
 
 Ending: TypeAlias = Literal["ended", "had ended", "missing"]
@@ -24,7 +25,7 @@ class Editing(Creating):
         """A session to be changed within a ``with``; its ``data``, ``metadata`` and ``tags`` are stored at the end.
 
         What others change meanwhile is merged. With *expected_version* nothing is: the session must have just that version
-        from the beginning to the end. If the block raises, nothing is stored.
+        at the beginning, and at most be renewed until the end. If the block raises, nothing is stored.
 
         Raises ``SessionNotFound`` if the session is not active, at the beginning or at the end, ``SessionConflict`` if it
         has another version, and what ``save`` raises.
@@ -39,16 +40,27 @@ class Editing(Creating):
             raise missing(session_id, self.load(session_id))
 
     def _save_unmerged(self, session: StoredSession) -> None:
-        changed = self._changed(session)
-        if changed is None:
-            return
-        try:
-            self.store.save(changed, expected=session.version)
-        except SessionConflict:
-            now = self.existing(session.id)
-            raise other_version(session.id, session.version, now.version) from None
+        retry = Retry(session.id, "edited")
+        while True:
+            with suppress(SessionConflict):
+                changed = self._changed(session)
+                if changed is None:
+                    return
+                self.store.save(changed, expected=session.version)
+                break
+            retry.pause()
+            self._go_on_from_renewal(session)
         session.replace_record(changed)
         self._announcer.saved(changed)
+
+    def _go_on_from_renewal(self, session: StoredSession) -> None:
+        """Have *session* be at the version that is stored now, if it was only renewed since. Raises as ``edit``."""
+        now = self.existing(session.id)
+        if now.created_at != session.created_at:
+            raise missing(session.id, now)
+        if _content(now.record) != _content(session.record):
+            raise other_version(session.id, session.version, now.version)
+        session.record = now.record
 
     def _changed(self, session: StoredSession) -> SessionRecord | None:
         """The next version of *session*, ``None`` if it was not changed."""
@@ -120,7 +132,7 @@ class Editing(Creating):
         for change, saved in zip(changes, self.store.save_many(changes), strict=True):
             if saved:
                 self._announcer.saved(change.record)
-            updated += saved or self._update(change.record.id, data, redescribed)
+            updated += saved or self._update(change.record, data, redescribed)
         return updated
 
     def _updated(self, record: SessionRecord, data: dict[str, Any], redescribed: Redescribed) -> SessionRecord | None:
@@ -137,10 +149,10 @@ class Editing(Creating):
             return None
         return self._next_version(record, payload, redescribed=redescribed)
 
-    def _update(self, session_id: str, data: dict[str, Any], redescribed: Redescribed) -> bool:
-        """Change one that others have changed since it was found; ``False`` if it has ended."""
-        session = self.get(session_id)
-        if session is None:
+    def _update(self, found: SessionRecord, data: dict[str, Any], redescribed: Redescribed) -> bool:
+        """Change one that others have changed since it was found; ``False`` if it has ended, whatever its key leads to."""
+        session = self.get(found.id)
+        if session is None or session.created_at != found.created_at:
             return False
         session.data.update(data)
         described = redescribed.applied(session.record)
@@ -162,3 +174,8 @@ class Editing(Creating):
         if self._end(session_id, reason):
             return "ended"
         return "missing" if self.load(session_id) is None else "had ended"
+
+
+def _content(record: SessionRecord) -> tuple[object, ...]:
+    """What a renewal leaves as it is."""
+    return record.data, record.tags, dump_metadata(record.metadata)

@@ -8,7 +8,7 @@ from typing import Any
 from .exceptions import HistoryConflict, SerializationError, SessionConflict, SessionNotFound, SessionTooLarge
 from .records import HistoryEntry, LogEntry
 from .serializers import Codec
-from .stored import StoredSession
+from .stored import ANOTHER, StoredSession
 from .stores.history import HistoryLog
 
 #: At most so many entries come with a conflict.
@@ -71,7 +71,7 @@ class History:
             raise ValueError("nothing to append: give at least one entry")
         session = self._session(self.session_id)
         if self._began not in (None, session.created_at):
-            raise SessionNotFound(f"no active session {self.session_id}: it has ended, and its key leads to another now")
+            raise SessionNotFound(f"no active session {self.session_id}: {ANOTHER}")
         self._began = session.created_at
         try:
             seq = self._log.append(

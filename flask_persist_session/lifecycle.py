@@ -28,7 +28,7 @@ from .lifetime import LIFETIME, Lifetime, check_lifetime
 from .lookup import Lookup
 from .records import JSON, SessionRecord, is_session_id
 from .serializers import Codec, dump_metadata
-from .stored import Owner, Redescribed, StoredSession
+from .stored import ANOTHER, Owner, Redescribed, StoredSession
 from .stores.base import SessionStore
 from .stores.tenant import TenantStore
 
@@ -283,6 +283,8 @@ class Lifecycle:
         metadata: Metadata | None = None,
         redescribed: Redescribed | None = None,
     ) -> SessionRecord:
+        if self._is_another(record):
+            raise SessionConflict(f"session {record.id} is not active: {ANOTHER}")
         changed = self._lifetime.saved(record, payload, renew=renew, metadata=metadata)
         if redescribed is None:
             return changed
@@ -290,6 +292,16 @@ class Lifecycle:
         _check_metadata(changed.metadata)
         labels(changed.tags)
         return changed
+
+    def _is_another(self, record: SessionRecord) -> bool:
+        """Whether *record* expired since it was read, and by now its id is that of a later session.
+
+        Its version need not tell: once a cleanup has removed a session, the next one of its key counts from 1.
+        """
+        if self._lifetime.state(record) == "active":
+            return False
+        current = self.store.get(record.id)
+        return current is not None and current.created_at != record.created_at
 
     def _merge_and_save(
         self,
@@ -323,14 +335,19 @@ class Lifecycle:
 
     def _delete_version(self, record: SessionRecord, reason: str) -> None:
         self._close(record, reason, forget=True)
-        self._forget_history(record.id)
+        self._forget_history(record)
         self._announcer.deleted(record.id, record.user_id)
 
-    def _forget_history(self, session_id: str) -> None:
-        """Remove the history of a session that was deleted. If this comes to nothing, it goes with the record."""
+    def _forget_history(self, record: SessionRecord) -> None:
+        """Remove the history of a session that was deleted. If this comes to nothing, it goes with the record.
+
+        Where its key was used anew meanwhile, it has gone already, and what is there is the history of another session.
+        """
         if self.namespace != WEB:
-            with suppress(UnsupportedByStore):
-                self.store.history.delete(session_id)
+            current = self.store.get(record.id)
+            if current is not None and current.created_at == record.created_at:
+                with suppress(UnsupportedByStore):
+                    self.store.history.delete(record.id)
 
     def _current(self, record: SessionRecord) -> StoredSession | None:
         """The session of *record* as it is now, if it is still active; otherwise say that a change is discarded.
@@ -433,9 +450,10 @@ class Lifecycle:
         self._save_own(self._lifetime.ended(record, reason, forget=forget), expected=record.version)
 
     def delete(self, session_id: str, expected_version: int | None = None) -> bool:
-        """Remove the session with all that it has; say whether there was anything to remove.
+        """Remove the session with all that it has; say whether there was something to remove.
 
-        Only its id, its user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
+        Of one that has ended there is in a namespace of the application's own, where it keeps its data. Only its id, its
+        user and the reason ``"deleted"`` are kept for ``PERSIST_SESSION_KEEP_ENDED`` seconds. A record
         that cannot be read is removed without a trace, unless an *expected_version* is given: then the session is removed
         if it has just that version. Raises ``SessionConflict`` if it has another, ``StoreError``.
         """
@@ -468,7 +486,12 @@ def check_reason(reason: str) -> None:
 
 def missing(session_id: str, closed: StoredSession | None) -> SessionNotFound:
     """The error for a session that is not active: *closed*, or none."""
-    why = f"it has ended ({closed.end_reason})" if closed else "it never existed, or was removed since"
+    if closed is None:
+        why = "it never existed, or was removed since"
+    elif closed.state == "active":
+        why = ANOTHER
+    else:
+        why = f"it has ended ({closed.end_reason})"
     return SessionNotFound(f"no active session {session_id}: {why}", missing=closed is None)
 
 

@@ -11,6 +11,9 @@ from .records import JSON, SessionRecord, State
 from .serializers import dump_metadata
 from .stores.base import NAME_LIMITS, is_name
 
+#: Why a session is not active, although its id is that of one that is.
+ANOTHER = "it has ended, and its key leads to another now"
+
 
 @dataclass(slots=True, eq=False)
 class StoredSession:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from .editing import Editing
@@ -50,7 +51,10 @@ class Transaction:
         return session
 
     def end(self, session_id: str, reason: str = "ended") -> None:
-        """End an active session. Raises ``SessionNotFound``, ``StoreError``, ``ValueError`` as ``SessionManager.end``."""
+        """End an active session, as it was changed.
+
+        Raises ``SessionNotFound``, ``StoreError``, ``ValueError`` as ``SessionManager.end``.
+        """
         check_reason(reason)
         self.reasons[self.get(session_id).id] = reason
 
@@ -121,12 +125,14 @@ class Transacting(Editing):
                 yield session, self._changed(session) or session.record
 
     def _ending(self, session: StoredSession, reason: str) -> Change:
-        ended = self._lifetime.ended(session.record, reason, forget=reason == "deleted")
+        forget = reason == "deleted"
+        last = session.record if forget else self._changed(session) or session.record
+        ended = self._lifetime.ended(replace(last, version=session.version), reason, forget=forget)
         return Change(record=ended, expected=session.version)
 
     def _tell_ended(self, session: StoredSession, reason: str) -> None:
         if reason == "deleted":
-            self._forget_history(session.id)
+            self._forget_history(session.record)
             self._announcer.deleted(session.id, session.user_id)
         else:
             self._announcer.ended(session.record, reason)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,8 @@ from flask_persist_session import (
 )
 from flask_persist_session.stores.memory import MemoryStore
 from flask_persist_session.web.api import Target, api_blueprint
+from flask_persist_session.web.api_openapi import OPERATIONS
+from flask_persist_session.web.api_problems import KINDS
 from tests.conftest import Clock
 
 MakeApp = Callable[..., Flask]
@@ -891,3 +895,13 @@ def test_two_apis_of_two_namespaces(app: Flask, client: FlaskClient) -> None:
     assert client.get(url).status_code == 200
     problem(client.get(url.replace("/api", "/jobs")), 404, "no-session")
     assert client.post("/jobs/sessions", json={}).headers["Location"].startswith("/jobs/sessions/")
+
+
+def test_the_page_of_the_docs_has_each_path_action_and_problem() -> None:
+    """What the API has and what its page says are the same."""
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    paths = {(f"{one.method} {re.sub('<[^>]*>', '<id>', one.path)}", one.action or "") for one in OPERATIONS}
+    rows = re.findall(r"^\| `([A-Z]+ /[^`]*)` \| `?([a-z.]*)`? ?\|", page, re.MULTILINE)
+    assert set(rows) == paths
+    problems = re.findall(r"^\| `([a-z-]+)` \| (\d{3}) \|", page, re.MULTILINE)
+    assert set(problems) == {(kind.name, str(kind.status)) for kind in KINDS}

@@ -167,6 +167,20 @@ def test_an_edit_with_the_expected_version_is_stored(chats: SessionManager) -> N
     assert data_of(chats, chat) == {"a": 2}
 
 
+def test_a_renewal_during_an_edit_of_a_version_is_no_change(chats: SessionManager, clock: Clock) -> None:
+    """Somebody goes on talking while a form is stored: the session has another version, but is what it was."""
+    chat = chats.create({"a": 1}, metadata={"title": "Trip"})
+    clock.advance(120)
+    with chats.edit(chat.id, expected_version=chat.version) as session:
+        chats.history(chat.id).append({"role": "user", "content": "Hello"})
+        renewed = chats.existing(chat.id)
+        session.data["a"] = 2
+        session.metadata["title"] = "Journey"
+    assert renewed.version > chat.version
+    now = chats.existing(chat.id)
+    assert (now.data, now.metadata, now.expires_at) == ({"a": 2}, {"title": "Journey"}, renewed.expires_at)
+
+
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_an_edit_that_expects_another_version_is_a_conflict(chats: SessionManager, when: str) -> None:
     """Nothing is merged, and what the other one stored stays."""
@@ -365,6 +379,21 @@ def test_a_transaction_that_meets_another_change_stores_nothing(chats: SessionMa
     with pytest.raises(SessionConflict, match=one.id):
         attempt()
     assert (data_of(chats, one), data_of(chats, other)) == ({"n": 7}, {"n": 1})
+
+
+def test_what_is_changed_in_a_session_that_a_transaction_ends_is_stored(chats: SessionManager) -> None:
+    """Such as where it went on: its data, metadata and tags are as they were at the end."""
+    chat = chats.create({"n": 1}, metadata={"title": "Trip"})
+    with chats.transaction() as together:
+        session = together.get(chat.id)
+        session.data["n"] = 2
+        session.metadata["merged into"] = "another"
+        session.tags.add("x")
+        together.end(chat.id, "merged")
+    found = chats.load(chat.id)
+    assert found is not None
+    assert (found.data, found.metadata, found.tags) == ({"n": 2}, {"title": "Trip", "merged into": "another"}, {"x"})
+    assert (found.end_reason, found.version) == ("merged", 2)
 
 
 def test_a_transaction_hands_out_one_object_per_session(chats: SessionManager) -> None:

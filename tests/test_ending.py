@@ -165,6 +165,15 @@ def test_what_was_deleted_is_not_handed_over(chats: SessionManager, handler: Han
     assert handler.got == []
 
 
+def test_what_waits_can_be_deleted(chats: SessionManager, handler: Handler) -> None:
+    """Whoever wants a dialogue gone need not wait for a handler that may fail for ever."""
+    chat = chats.create({"a": 1})
+    chats.end(chat.id)
+    assert chats.delete(chat.id)
+    chats.process_ended()
+    assert handler.got == []
+
+
 def test_a_session_without_data_is_handed_over(chats: SessionManager, handler: Handler) -> None:
     """One that was never given any has not been deleted."""
     chats.end(chats.create().id)

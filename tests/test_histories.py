@@ -20,6 +20,7 @@ import redis
 from cachelib import SimpleCache
 
 from flask_persist_session import (
+    Change,
     LogEntry,
     SerializationError,
     SessionStore,
@@ -747,6 +748,20 @@ def test_two_that_move_a_history_towards_each_other(new_url: NewURL, monkeypatch
     assert stores.get(RECORD.id) == RECORD
     assert numbers(stores) == [1, 2, 3, 4, 5]
     assert numbers(reverse) == numbers(stores) == numbers(reverse) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["save", "transaction"])
+def test_ending_what_a_crash_left_half_moved(new_url: NewURL, together: bool) -> None:
+    """A session whose history was not brought over yet has all of it when it ends."""
+    old, new = opened(new_url("file"), 3), opening(new_url("sqlite"))
+    new.save(RECORD, expected=0)
+    stores = MigratingStore(new, old)
+    ended = following(RECORD, ended_at=1_700_000_100.0, end_reason="ended")
+    if together:
+        stores.transaction([Change(record=ended, expected=RECORD.version)])
+    else:
+        stores.save(ended, expected=RECORD.version)
+    assert (old.get(RECORD.id), numbers(stores)) == (None, [1, 2, 3])
 
 
 def test_a_store_without_histories_takes_no_session_that_has_one(new_url: NewURL) -> None:

@@ -160,6 +160,18 @@ def test_deleting_a_session_deletes_its_history(chats: SessionManager, chat: Sto
     assert chats.store.history.read(chat.id) == []
 
 
+def test_what_has_ended_can_be_deleted_as_well(chats: SessionManager) -> None:
+    """Its data, metadata, tags and history go at once, and only once; who looks is told that it was deleted."""
+    ended = chats.create({"secret": 1}, user_id="ada", metadata={"title": "Trip"}, tags=["x"])
+    chats.history(ended.id).append(said("Hello"))
+    chats.end(ended.id)
+    assert (chats.delete(ended.id), chats.delete(ended.id)) == (True, False)
+    left = chats.store.get(ended.id)
+    assert left is not None
+    assert (left.end_reason, left.data, left.metadata, left.tags) == ("deleted", b"", {}, frozenset())
+    assert chats.store.history.count(ended.id) == 0
+
+
 def test_a_cleanup_removes_the_history_too(chats: SessionManager, chat: StoredSession, clock: Clock) -> None:
     """With the session that had expired."""
     chats.history(chat.id).append(said("Hello"))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 
 import pytest
 
-from flask_persist_session import SessionConflict, SessionManager, SessionStore, open_store
+from flask_persist_session import (
+    Change,
+    SessionConflict,
+    SessionManager,
+    SessionNotFound,
+    SessionQuery,
+    SessionRecord,
+    SessionStore,
+    StoredSession,
+    open_store,
+)
 from flask_persist_session.stored import Owner
 from tests.conftest import Clock
 from tests.counting import CountingStore
@@ -130,6 +140,86 @@ def test_whoever_still_has_the_old_session_does_not_change_the_new_one(chats: Se
     late.data["step"] = 2
     assert chats.save(late) == "discarded"
     assert chats.resume_or_create(key="k", user_id="ada").data == {"step": 5}
+
+
+def anew(chats: SessionManager, session: StoredSession) -> StoredSession:
+    """End a session, and use its key once more."""
+    chats.end(session.id)
+    return chats.resume_or_create(key="k", user_id="ada", data={"new": True})
+
+
+@pytest.mark.parametrize("version", [None, 1])
+def test_an_edit_during_which_the_key_was_used_anew_says_so(chats: SessionManager, version: int | None) -> None:
+    """The session that was to be changed has ended, and the other one stays as it is."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+
+    def edit() -> None:
+        with chats.edit(first.id, expected_version=version) as session:
+            session.data["late"] = True
+            anew(chats, first)
+
+    with pytest.raises(SessionNotFound, match="it has ended, and its key leads to another now"):
+        edit()
+    assert chats.existing(first.id).data == {"new": True}
+
+
+@pytest.mark.parametrize(("how", "error"), [("edit", SessionNotFound), ("transaction", SessionConflict)])
+def test_whoever_holds_a_session_beyond_its_time_does_not_change_the_next_one(
+    chats: SessionManager, clock: Clock, how: str, error: type[Exception]
+) -> None:
+    """A cleanup has removed it, so the next one of its key has the same version."""
+    first = chats.resume_or_create(key="k", user_id="ada", data={"old": True})
+
+    def use_anew() -> None:
+        clock.advance(601)
+        chats.cleanup()
+        assert chats.resume_or_create(key="k", user_id="ada", data={"new": True}).version == first.version
+
+    def edit() -> None:
+        with chats.edit(first.id) as session:
+            session.data["late"] = True
+            use_anew()
+
+    def transact() -> None:
+        with chats.transaction() as together:
+            together.get(first.id).data["late"] = True
+            use_anew()
+
+    with pytest.raises(error):
+        {"edit": edit, "transaction": transact}[how]()
+    assert chats.existing(first.id).data == {"new": True}
+
+
+def test_deleting_leaves_the_history_of_the_next_session_of_a_key(
+    chats: SessionManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody uses the key anew just when the session is deleted, and goes on talking."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    chats.history(first.id).append({"role": "user", "content": "old"})
+    save = chats.store.save
+
+    def save_and_use_anew(record: SessionRecord, *, expected: int) -> None:
+        save(record, expected=expected)
+        monkeypatch.undo()
+        chats.history(anew(chats, first).id).append({"role": "user", "content": "new"})
+
+    monkeypatch.setattr(chats.store, "save", save_and_use_anew)
+    assert chats.delete(first.id)
+    assert [entry.content for entry in chats.history(first.id)] == ["new"]
+
+
+def test_changing_many_leaves_the_next_session_of_a_key(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the one that was found."""
+    first = chats.resume_or_create(key="k", user_id="ada", tags=["old"])
+    save_many = chats.store.save_many
+
+    def use_anew_and_save(changes: Sequence[Change]) -> list[bool]:
+        anew(chats, first)
+        return save_many(changes)
+
+    monkeypatch.setattr(chats.store, "save_many", use_anew_and_save)
+    assert chats.update_many(SessionQuery(tags=frozenset(["old"])), data={"changed": True}) == 0
+    assert chats.existing(first.id).data == {"new": True}
 
 
 def test_going_on_by_a_key_costs_one_operation(clock: Clock) -> None:

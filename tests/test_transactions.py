@@ -17,6 +17,7 @@ from flask_persist_session import (
     Change,
     Deletion,
     SessionConflict,
+    SessionNotFound,
     SessionQuery,
     SessionRecord,
     SessionStore,
@@ -194,6 +195,35 @@ def test_stopped_at_every_call(new_url: NewURL, then: str, options: str, half: b
     assert seen == {0, 1}
     assert number > 10
     assert is_whole(store) == state + 1
+
+
+@pytest.mark.parametrize("kind", ["ends", "deletes", "creates"])
+def test_appending_after_a_transaction_was_stopped(new_url: NewURL, kind: str) -> None:
+    """Wherever it is stopped, a history can be appended to if and only if its session is there and has not ended."""
+    url, one, other = new_url("file"), make_record(1), make_record(2)
+    first = {
+        "ends": Change(record=following(one, ended_at=5.0, end_reason="ended"), expected=1),
+        "deletes": Deletion(id=one.id, expected=1),
+        "creates": Change(record=one, expected=0),
+    }[kind]
+    number, seen, more = 0, set(), True
+    while more:
+        store = open_store(f"{url}/{number}")
+        store.save(other, expected=0)
+        if kind != "creates":
+            store.save(one, expected=0)
+        both = [first, Change(record=following(other), expected=1)]
+        more = stopped_at(number, partial(store.transaction, both), half=False)
+        found = store.get(one.id)
+        if found is not None and found.ended_at is None:
+            assert store.history.append(one.id, [b"x"], created_at=1.0) == 1
+        else:
+            with pytest.raises(SessionNotFound):
+                store.history.append(one.id, [b"x"], created_at=1.0)
+        assert store.get(one.id) == found
+        seen.add(found and (found.version, found.ended_at))
+        number += 1
+    assert len(seen) == 2
 
 
 def test_a_check_while_transactions_go_on(new_url: NewURL) -> None:

@@ -232,7 +232,7 @@ class FileStore(SessionStore):
 
     @property
     def history(self) -> FileHistory:
-        return FileHistory(self._path, self._timeout, sync=self._fsync)
+        return FileHistory(self._path, self._lock, sync=self._fsync)
 
     def check(self, *, repair: bool, seen: Callable[[SessionRecord], object] = ignore) -> Iterator[Finding]:
         return FileCheck(self._folder, self._timeout, repair=repair, seen=seen).run()

@@ -26,7 +26,6 @@ from .frames import (
     failure,
     is_unfinished,
     last_frame,
-    lock,
     read_range,
     record_in,
     remove_if_there,
@@ -83,13 +82,13 @@ class FileHistory(HistoryLog):
     """Keeps the entries of a session beside its file.
 
     :param path_of: the file of a session, by id.
-    :param timeout: seconds to wait for another writer of the same session.
+    :param lock_file: locks it, which ends then in a frame that counts of itself; see ``FileStore``.
     :param sync: wait until each append is on the disk.
     """
 
-    def __init__(self, path_of: Callable[[str], str], timeout: float, *, sync: bool) -> None:
+    def __init__(self, path_of: Callable[[str], str], lock_file: Callable[..., tuple[int, int]], *, sync: bool) -> None:
         self._path_of = path_of
-        self._timeout = timeout
+        self._lock_file = lock_file
         self._sync = sync
 
     def append(
@@ -160,7 +159,7 @@ class FileHistory(HistoryLog):
         """The path, handle and size of the file of a session that nobody else changes meanwhile."""
         path = self._path_of(session_id)
         try:
-            handle, size = lock(path, self._timeout, create=False)
+            handle, size = self._lock_file(path, create=False)
             try:
                 yield path, handle, size
             finally:

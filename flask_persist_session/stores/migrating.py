@@ -106,8 +106,12 @@ class MigratingStore(SessionStore):
             if not self._moved(record.id, expected):
                 raise
             self.store.save(record, expected=expected)
+        self._clear_up_behind(record)
+
+    def _clear_up_behind(self, record: SessionRecord) -> None:
+        """Remove the copy that a crash left behind of what has ended: it must not come back when this is cleaned up."""
         if record.ended_at is not None and self._took_history(record.id):
-            self.old.delete(record.id)  # a copy that a crash left behind must not come back when this one is cleaned up
+            self.old.delete(record.id)
 
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         deleted = self.store.delete(session_id, expected=expected)
@@ -134,8 +138,10 @@ class MigratingStore(SessionStore):
             self.move(change.id)
         self.store.transaction(changes)
         for change in changes:
-            if isinstance(change, Deletion) or change.record.ended_at is not None:
-                self.old.delete(change.id)  # the same as in save
+            if isinstance(change, Deletion):
+                self.old.delete(change.id)
+            else:
+                self._clear_up_behind(change.record)
 
     def lease(self, name: str, seconds: float) -> bool:
         return self.store.lease(name, seconds)

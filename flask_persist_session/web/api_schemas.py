@@ -17,7 +17,7 @@ from ..stores.history import LONGEST_KEY
 
 try:
     from pydantic import BaseModel as BaseModel  # the other modules of the API have these two from here
-    from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+    from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
     from pydantic import ValidationError as ValidationError
     from pydantic.json_schema import JsonSchemaMode, models_json_schema
 except ImportError as error:
@@ -27,6 +27,12 @@ except ImportError as error:
 MOST = 100
 DEFAULT = 20
 _NO_NUL = r"^[^\x00]*$"
+
+
+def _whole(value: object) -> object:
+    """A number as an integer if it is one: for JSON 3.0 is 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME, pattern=_NO_NUL)]
 Key: TypeAlias = Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=_NO_NUL)]
@@ -38,7 +44,7 @@ Moment: TypeAlias = Annotated[
     float, Field(ge=FIRST_MOMENT, lt=LAST_MOMENT, allow_inf_nan=False, description="Seconds since the epoch, UTC.")
 ]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False)]
-Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
+Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**53), BeforeValidator(_whole)]
 Object: TypeAlias = dict[str, JsonValue]
 State: TypeAlias = Literal["active", "expired", "ended"]
 Order: TypeAlias = Literal[

@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
 @pytest.fixture(scope="package")
 def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
     """The example with answers that take a few seconds, so that there is a middle of them."""
-    yield from serve(tmp_path_factory.mktemp("slow"), pace="0.3")
+    yield from serve(tmp_path_factory.mktemp("slow"), pace="0.4")
 
 
 @pytest.fixture

@@ -114,6 +114,17 @@ def test_a_conversation_ended_in_another_tab(devices: Devices) -> None:
     expect(page.get_by_role("textbox", name="Message")).to_be_hidden()
 
 
+def test_a_double_click(devices: Devices) -> None:
+    """A message sent with a double click is there once, with one answer."""
+    page = devices.of("Tony")
+    begin(page)
+    page.get_by_role("textbox", name="Message").fill("a bicycle")
+    page.get_by_role("button", name="Send").dblclick()
+    expect(dialogue(page)).to_have_text([HELLO, "a bicycle", BRAND])
+    page.reload()
+    expect(dialogue(page)).to_have_text([HELLO, "a bicycle", BRAND])
+
+
 def test_markup_in_a_message_is_text(devices: Devices) -> None:
     """A message with markup is shown as it was written, before and after a reload, and nothing of it runs."""
     markup = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>"

@@ -30,7 +30,6 @@ def test_another_device_is_signed_out(devices: Devices) -> None:
 def test_a_device_signed_out_in_the_middle_of_an_answer(slow_devices: Devices) -> None:
     """What was being written stops on the device that is signed out, and is complete for the user elsewhere."""
     lost, here = slow_devices.of("Grace"), slow_devices.of("Grace")
-    here.goto("/devices")
     begin(lost)
     say(lost, "a bicycle")
     expect(lost.get_by_role("log")).to_have_attribute("aria-busy", "true")
