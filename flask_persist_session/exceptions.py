@@ -25,8 +25,8 @@ class SerializationError(PersistSessionError):
 
 
 class SessionTooLarge(PersistSessionError):
-    """The payload exceeds ``PERSIST_SESSION_MAX_BYTES``, and the message names the largest keys; or a history would have
-    more entries than are allowed."""
+    """The payload exceeds ``PERSIST_SESSION_MAX_BYTES``, and the message names the largest keys; or the metadata do; or a
+    history would have more entries than are allowed."""
 
 
 class SessionConflict(PersistSessionError):

@@ -137,7 +137,16 @@ class Lifecycle:
         described = dict(metadata or {})
         if lifetime is not None:
             described[LIFETIME] = lifetime
+        self._check_size(described)
         return described
+
+    def _check_size(self, metadata: Metadata) -> None:
+        size = len(dump_metadata(metadata))
+        if size > self._max_bytes:
+            raise SessionTooLarge(
+                f"the metadata take {size:,} bytes, PERSIST_SESSION_MAX_BYTES allows {self._max_bytes:,}; keep "
+                "there only what lists show"
+            )
 
     def _take_back(self, new: StoredSession) -> None:
         """Delete *new*, whose token nobody has yet; a store that fails now leaves it to expire.
@@ -300,6 +309,7 @@ class Lifecycle:
             return changed
         changed = redescribed.applied(changed)
         _check_metadata(changed.metadata)
+        self._check_size(changed.metadata)
         labels(changed.tags)
         return changed
 

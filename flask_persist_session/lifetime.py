@@ -135,7 +135,8 @@ class Lifetime:
     def processed(self, record: SessionRecord, summary: Mapping[str, JSON]) -> SessionRecord:
         """The next version of an ended *record* that its handler has had; it is remembered from now on."""
         now = self.clock()
-        metadata = {key: value for key, value in record.metadata.items() if key != ATTEMPTS}
+        # A summary that is there already is not of the handler, but of whoever could set the metadata.
+        metadata = {key: value for key, value in record.metadata.items() if key not in (ATTEMPTS, SUMMARY)}
         return replace(
             record,
             metadata={**metadata, **summary, PROCESSED: now},

@@ -37,7 +37,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
     :param renew_interval: seconds between two renewals of a session.
     :param keep_ended: seconds for which an ended session is remembered with its reason.
     :param keep_data: whether ended sessions keep their data as long; else it goes at once.
-    :param max_bytes: largest encoded payload, and largest encoded entry of a history.
+    :param max_bytes: largest encoded payload, largest metadata, and largest encoded entry of a history.
     :param max_entries: how many entries a history may have; 0: any number.
     :param user_key: the key of the session data under which an application keeps its user; ``None``: none.
     :param max_per_user: how many active sessions a user may have within a tenant; 0: any number.

@@ -211,9 +211,42 @@ def test_a_tenant_reaches_its_own_sessions_alone(app: Flask) -> None:
     problem(client.get("/api/sessions/storage/stats", headers=mine), 403, "refused")
 
 
-def test_no_tenant_is_no_access(app: Flask) -> None:
-    """A request whose tenant is not known is refused."""
-    problem(serve(app, tenant=lambda request: None).get("/api/sessions"), 403, "refused")
+@pytest.mark.parametrize("tenant", [None, "", "x" * 600, False, ["a"]])
+def test_no_tenant_is_no_access(app: Flask, tenant: Any) -> None:
+    """A request whose tenant is not known, or cannot be one, is refused; above all, it does not reach what all have."""
+    client = serve(app, tenant=lambda request: tenant)
+    for path in "/api/sessions", "/api/sessions/storage/stats":
+        problem(client.get(path), 403, "refused")
+
+
+async def _says_no(*asked: object) -> bool:
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("authorize", [_says_no, lambda *asked: ("No", 403), lambda *asked: "no"])
+def test_only_true_opens(app: Flask, authorize: Any) -> None:
+    """What is neither true nor false, such as a response or the promise of an answer, is a mistake that opens nothing."""
+    with pytest.raises(TypeError, match="it has to return True or False"):
+        serve(app, authorize).get("/api/sessions")
+
+
+def test_what_was_missed_is_told_to_readers_alone(app: Flask) -> None:
+    """Whoever may append to a history, but not read it, does not get it by appending at the wrong place."""
+    client = serve(app, lambda request, action, target: action == "history.append")
+    session = chats(app).create(user_id="7")
+    chats(app).history(session.id).append({"role": "user", "content": "geheim"})
+    said = {"entries": [{"role": "user", "content": "x"}], "expected_seq": 0}
+    answer = problem(client.post(f"/api/sessions/{session.id}/history", json=said), 409, "history-conflict")
+    assert "missed" not in answer
+
+
+def test_a_key_in_use_is_no_way_to_read_a_session(app: Flask) -> None:
+    """Whoever may create sessions, but not read them, does not get one that is there by naming its key."""
+    client = serve(app, lambda request, action, target: action == "create")
+    assert create(client, user_id="8", key="k").status_code == 201
+    chats(app).create({"pin": "geheim"}, user_id="7", key="k")
+    problem(client.post("/api/sessions", json={"user_id": "7", "key": "k"}), 403, "refused")
 
 
 def test_no_api_for_the_sessions_of_browsers() -> None:

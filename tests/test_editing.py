@@ -18,6 +18,7 @@ from flask_persist_session import (
     SessionQuery,
     SessionSaved,
     SessionStore,
+    SessionTooLarge,
     StoredSession,
     session_created,
     session_deleted,
@@ -79,6 +80,19 @@ def test_an_edit_that_fails_stores_nothing(chats: SessionManager) -> None:
     with pytest.raises(ZeroDivisionError), chats.edit(chat.id) as session:
         session.data["a"] = 1 / 0
     assert data_of(chats, chat) == {"a": 1}
+
+
+def test_metadata_are_limited(store: SessionStore) -> None:
+    """Lists read them as a whole, so they may take as much as the data, however many changes they come from."""
+    chats = SessionManager(store.namespace("chat"), namespace="chat", max_bytes=1000)
+    with pytest.raises(SessionTooLarge, match="metadata"):
+        chats.create(metadata={"about": "x" * 1000})
+    session = chats.create(metadata={"about": "x" * 600})
+    with pytest.raises(SessionTooLarge, match="metadata"), chats.edit(session.id) as edited:
+        edited.metadata["more"] = "x" * 600
+    with pytest.raises(SessionTooLarge, match="metadata"):
+        chats.update_many(SessionQuery(), metadata={"more": "x" * 600})
+    assert chats.existing(session.id).metadata == {"about": "x" * 600}
 
 
 def test_edits_side_by_side_are_merged(chats: SessionManager) -> None:

@@ -321,6 +321,17 @@ def test_metadata_of_the_application_cannot_pass_for_a_mark(chats: SessionManage
     assert chats.process_ended() == EndingReport(processed=2)
 
 
+def test_metadata_of_the_application_cannot_pass_for_a_summary(chats: SessionManager, handler: Handler) -> None:
+    """What a session had under "summary" is not taken for what the handler said of it, not even if that said nothing."""
+    handler.result = None
+    session = chats.create(metadata={"summary": "a very satisfied customer"})
+    chats.end(session.id)
+    assert chats.process_ended() == EndingReport(processed=1)
+    ended = chats.load(session.id)
+    assert ended is not None
+    assert "summary" not in ended.metadata
+
+
 def test_the_archive_gets_it_after_it_was_processed(store: SessionStore, clock: Clock, handler: Handler) -> None:
     """With its summary."""
     archived: list[Any] = []

@@ -144,6 +144,20 @@ def test_a_torn_tail(file_url: str) -> None:
         assert path.read_bytes() == content
 
 
+def test_a_torn_turn_in_which_somebody_forged_one(file_url: str) -> None:
+    """What a user said that looks like a turn is none, wherever the process was killed that was writing it."""
+    store = opened(file_url, 1)
+    said = LogEntry(seq=2, data=b"as if the assistant had said it", created_at=1.0)
+    forged = file_history._packed([said], bytes(16))
+    store.history.append(RECORD.id, [forged + bytes(5000)], created_at=2.0)
+    files = files_of(file_url)
+    os.truncate(files[".history"], files[".history"].stat().st_size - 1000)
+    os.truncate(files[".turns"], files[".turns"].stat().st_size // 2)
+    assert numbers(store) == [1]
+    assert append(store, 2) == 2
+    assert numbers(store) == [1, 2]
+
+
 def test_a_history_cut_to_nothing(file_url: str) -> None:
     """A history whose first turn was not finished is empty."""
     store = opened(file_url, 3, turn=3)

@@ -441,12 +441,15 @@ def _turns_in(content: bytes) -> Iterator[_Turn]:
 
 def _next_turn(content: bytes, start: int, seq: int) -> _Turn | None:
     """The first turn from *start* on whose header is intact, which ends within *content* and goes on from *seq*."""
+    expected = start
     while (start := content.find(_MAGIC, start)) >= 0:
         values: tuple[Any, ...] | None = _unsealed(_HEADER, content[start : start + _HEADER.size])
         if values is not None:
             _, size, first, count, digest = values
             if first >= seq and count and start + size <= len(content):
                 return _Turn(start, start + size, first, first + count - 1, digest)
+            if start == expected:
+                return None  # its writer was stopped; what somebody said in it may look like a turn, and is none
         start += 1
     return None
 

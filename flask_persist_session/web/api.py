@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from flask.blueprints import BlueprintSetupState
 from flask.wrappers import Request
 from werkzeug.exceptions import BadRequest, MethodNotAllowed, NotFound
 
-from ..exceptions import ConfigError, SessionConflict
+from ..exceptions import ConfigError, HistoryConflict, SessionConflict
 from ..extension import PersistSession
 from ..history import History
 from ..lifecycle import WEB
@@ -49,7 +49,7 @@ class Target:
 
 
 #: Says whether a request may do something to something; see ``api_blueprint``.
-Authorize = Callable[[Request, str, Target], object]
+Authorize = Callable[[Request, str, Target], "bool | None"]
 
 
 def api_blueprint(
@@ -65,7 +65,7 @@ def api_blueprint(
         app.register_blueprint(api_blueprint(may), url_prefix="/api")
 
     :param authorize: called with the request, the name of an action and what it is about, before anything is done or told;
-        what it returns is taken as true or false. Each request is refused with 403 without it.
+        it returns ``True`` or ``False``. Each request is refused with 403 without it.
     :param namespace: of the sessions; set up beforehand with ``PersistSession.namespace`` if it has options.
     :param name: of the blueprint, for ``url_for("sessions_api.read_session", session_id=…)``.
     :param tenant: called with the request; it returns the tenant, whose sessions are all that the request can reach, or
@@ -168,23 +168,29 @@ class _Api:
             raise Problem(api_problems.NO_VERSION, 'Send the ETag of the version that you change: If-Match: "3".')
         if "user_id" in path:
             path = {"user_id": _checked(api_schemas.UserPath, path, "path").user_id}
-        tenant_id = self._tenant_id()
-        manager = PersistSession().namespace(self._namespace)
-        return _Call(
-            operation, manager.for_tenant(tenant_id) if tenant_id else manager, tenant_id, path, query, body, headers
-        )
+        manager, tenant_id = self._bound(PersistSession().namespace(self._namespace))
+        return _Call(operation, manager, tenant_id, path, query, body, headers)
 
-    def _tenant_id(self) -> str | None:
-        tenant_id = self._tenant(request) if self._tenant is not None else ""
-        if tenant_id is None:
-            raise _refused()
-        return str(tenant_id) or None
+    def _bound(self, manager: SessionManager) -> tuple[SessionManager, str | None]:
+        """*manager*, confined to the tenant of the request if requests have one, and that tenant."""
+        if self._tenant is None:
+            return manager, None
+        tenant_id = self._tenant(request)
+        try:
+            return manager.for_tenant(tenant_id), str(tenant_id)
+        except ValueError:  # such as "": that must not open what all have
+            raise _refused() from None
 
     # Asking -----------------------------------------------------------------------------------------------------------
 
-    def _may(self, call: _Call, target: Target) -> bool:
+    def _may(self, call: _Call, target: Target, action: str | None = None) -> bool:
+        """Whether the request may do what it asks for, or else another *action* that this comes to."""
         assert self._authorize is not None
-        return bool(self._authorize(request, call.operation.action or "", target))
+        answer = self._authorize(request, action or call.operation.action or "", target)
+        if answer is not None and not isinstance(answer, bool):
+            # A response that refuses, or a coroutine nobody awaits, would be true.
+            raise TypeError(f"authorize returned a {type(answer).__name__}; it has to return True or False")
+        return bool(answer)
 
     def _require(self, call: _Call, *, user_id: str | None = None, tenant_id: str | None = None) -> None:
         target = Target(user_id=user_id, tenant_id=call.tenant_id or tenant_id)
@@ -195,9 +201,7 @@ class _Api:
         """The session of a path, if the request may have it."""
         session_id = call.path["session_id"]
         found = call.manager.load(session_id)
-        target = Target(id=session_id)
-        if found is not None:
-            target = replace(target, user_id=found.user_id, tenant_id=found.tenant_id, record=found.record)
+        target = Target(id=session_id) if found is None else _target(found)
         # Asked in any case: what it raises must not tell whether there is one.
         if not self._may(call, target) or found is None:
             raise api_problems.missing()
@@ -219,6 +223,8 @@ class _Api:
         self._require(call, user_id=body.user_id, tenant_id=body.tenant_id)
         with _values():
             session = call.manager.resume_or_create(**body.model_dump())
+        if not session.new and not self._may(call, _target(session), "read"):
+            raise _refused()
         response = _session_response(call.manager, session, 201 if session.new else 200)
         response.headers["Location"] = url_for(".read_session", session_id=session.id)
         return response
@@ -309,10 +315,14 @@ class _Api:
         body: api_schemas.Append = call.body
         session = self._active(call)
         entries = [entry.model_dump() for entry in body.entries]
-        with _values():
-            seq = call.manager.history(session.id).append(
-                *entries, expected_seq=body.expected_seq, idempotency_key=call.headers.idempotency_key
-            )
+        try:
+            with _values():
+                seq = call.manager.history(session.id).append(
+                    *entries, expected_seq=body.expected_seq, idempotency_key=call.headers.idempotency_key
+                )
+        except HistoryConflict as conflict:
+            readable = self._may(call, _target(session), "history.read")
+            raise conflict if readable else Problem(api_problems.BEHIND, str(conflict)) from None
         return _json(api_schemas.Appended(seq=seq), 201)
 
     # Operating --------------------------------------------------------------------------------------------------------
@@ -377,6 +387,10 @@ def _read_body(operation: Operation) -> Any:
 def _read_headers(operation: Operation) -> Any:
     names = [field.alias or name for name, field in operation.headers.model_fields.items()]
     return _checked(operation.headers, {name: request.headers[name] for name in names if name in request.headers}, "header")
+
+
+def _target(session: StoredSession) -> Target:
+    return Target(id=session.id, user_id=session.user_id, tenant_id=session.tenant_id, record=session.record)
 
 
 def _checked(model: type[api_schemas.Query], given: dict[str, Any], location: str) -> Any:
