@@ -11,6 +11,7 @@ const send = composer.querySelector("button");
 
 let last = Number(composer.dataset.after || 0);
 let source = null;
+let listening = Boolean(composer.dataset.events);
 let writing = element("status").textContent !== "";
 let waiting = writing; // whether the last entry is one that waits for its answer
 
@@ -78,8 +79,8 @@ function complain(words) {
 }
 
 function farewell(words, label) {
+  listening = false;
   source?.close();
-  source = null;
   setWriting(false);
   element("farewell-words").textContent = words;
   element("farewell-link").textContent = label;
@@ -98,6 +99,8 @@ function rename({ title }) {
 
 function listen() {
   source?.close();
+  // All tabs of a browser share six connections: one that nobody sees leaves its own to the others.
+  if (!listening || document.hidden) return;
   // Each time from behind what the page has; the browser itself does so where the connection is lost.
   source = new EventSource(`${composer.dataset.events}?after=${last}`);
   const on = (kind, handler) => source.addEventListener(kind, (message) => handler(JSON.parse(message.data)));
@@ -109,7 +112,7 @@ function listen() {
   on("ended", ({ words }) => farewell(words, "Go on"));
   source.addEventListener("error", () => {
     // The browser comes back by itself, unless the answer was no stream, such as that of a server which is starting.
-    if (source?.readyState === EventSource.CLOSED) setTimeout(() => source && listen(), 2000);
+    if (source.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
   });
 }
 
@@ -175,8 +178,9 @@ element("again").addEventListener("submit", async (event) => {
   field.focus();
 });
 
-if (composer.dataset.events) listen();
+listen();
 setWriting(writing);
+document.addEventListener("visibilitychange", () => (document.hidden ? source?.close() : listen()));
 // What the browser keeps of a page that one comes back to is out of date.
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 addEventListener("pagehide", () => source?.close());

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from tests.browser.people import Devices, answers, begin, dialogue, growing, is_marked, mark, say
 
@@ -79,6 +79,32 @@ def test_two_tabs_stay_in_step(devices: Devices) -> None:
     other.get_by_role("button", name="Save title").click()
     expect(one.get_by_role("heading", level=1)).to_have_text("The blue one")
     expect(one).to_have_title("The blue one · Listing desk")
+
+
+def test_many_tabs(devices: Devices) -> None:
+    """However many tabs are open, one more works: those that nobody sees have no stream, and catch up when seen."""
+    tabs = [devices.of("Frances")]
+    begin(tabs[0])
+    for _ in range(7):  # a browser opens six connections
+        show(tabs[-1], False)
+        tabs.append(tabs[0].context.new_page())
+        tabs[-1].goto(tabs[0].url)
+    say(tabs[-1], "a bicycle")
+    expect(dialogue(tabs[-1])).to_have_text([HELLO, "a bicycle", BRAND])
+
+    show(tabs[0], True)
+    expect(dialogue(tabs[0])).to_have_text([HELLO, "a bicycle", BRAND])
+
+
+def show(page: Page, visible: bool) -> None:
+    """Tell a tab whether it is seen, as browsers do; here all tabs count as seen."""
+    page.evaluate(
+        """hidden => {
+            Object.defineProperty(document, "hidden", {get: () => hidden, configurable: true});
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        not visible,
+    )
 
 
 def test_the_conversations_of_the_side_bar(devices: Devices) -> None:
