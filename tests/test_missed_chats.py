@@ -911,17 +911,6 @@ def test_a_tenant_does_not_remove_what_cannot_be_read(chats: SessionManager, mon
 # The background -------------------------------------------------------------------------------------------------------
 
 
-def test_what_goes_on_under_another_token_is_handed_over_once(memory: SessionStore, clock: Clock) -> None:
-    """A session that was regenerated has not ended; the one that goes on is what its handler gets."""
-    got: list[str] = []
-    chats = chats_on(memory, clock, on_end=lambda session: got.append(session.id))
-    first = chats.create({"a": 1}, user_id="ada")
-    second = chats.regenerate(first)
-    chats.end(second.id)
-    assert chats.process_ended() == EndingReport(processed=1)
-    assert got == [second.id]
-
-
 def test_what_is_idle_is_handed_over_one_interval_later(memory: SessionStore, clock: Clock) -> None:
     """Within it requests are not noted, and might be a moment ago."""
     chats = chats_on(memory, clock, on_end=lambda session: None, renew_interval=60.0)
