@@ -336,6 +336,8 @@ class _Dialogue:
         last = 0
         for line in self._lines:
             session_id, entries = load_history(line)
+            if session_id != self._record_id:
+                raise SerializationError("the archive has entries of another session in its history")
             if not entries:
                 return last
             try:

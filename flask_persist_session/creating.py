@@ -157,7 +157,8 @@ class Creating(Lifecycle):
             old = self.store.get(new.id)
         except SerializationError as error:
             self._report_corrupt(new.id, error)
-            self.store.delete(new.id)
+            # Its id says that it is of this tenant; the record cannot any more.
+            self._whole_store.delete(new.id)
             return new
         if old is None:
             return new

@@ -73,7 +73,7 @@ class Lifecycle:
         clock: Callable[[], float] = time.time,
         sender: object = None,
     ) -> None:
-        self.store = store
+        self.store = self._whole_store = store
         self.clock = clock
         self.namespace = namespace
         self._tenant_id: str | None = None

@@ -7,6 +7,7 @@ import os
 import signal
 import tracemalloc
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from flask_persist_session import (
     open_store,
 )
 from flask_persist_session import backup as backup_module
+from flask_persist_session.archive import ArchiveWriter
 from flask_persist_session.backup import Strategy, back_up, restore
+from flask_persist_session.record_lines import dump_history, facts_of
 from flask_persist_session.records import LogEntry
 from flask_persist_session.stores.history import HistoryLog
 from tests.conftest import Clock
@@ -98,6 +101,26 @@ def test_a_round_trip_brings_back_every_entry(
     say(other, ids[4], "goes on")
     assert said(other, ids[4])[-1] == "goes on"
     other.store.close()
+
+
+def test_entries_of_a_forged_archive_get_into_no_other_session(
+    chats: SessionManager, new_url: NewURL, clock: Clock, tmp_path: Path
+) -> None:
+    """Lines of a history that name another session than the record before them are refused, whatever the strategy."""
+    victim, other = chats.create(user_id="ada"), chats_on(open_store(new_url("memory")), clock)
+    say(chats, victim.id, "hi")
+    theirs = other.create(user_id="eve")
+    say(other, theirs.id, "one", "two")
+    log, path = other.history_log(), tmp_path / "forged.tar.gz"
+    assert log is not None
+    with path.open("wb") as file, closing(ArchiveWriter(file, created_at=clock())) as writer:
+        writer.start("chat")
+        writer.add(theirs.record, **facts_of(log, theirs.id))
+        for line in dump_history(log, theirs.id, 2):
+            writer.add_line(line.replace(theirs.id.encode(), victim.id.encode()))
+        writer.complete(package="0.1.0", stores={"chat": "memory"}, filters={}, counts={"chat": {"active": 1}})
+    assert load(chats, str(path)).failed == 1
+    assert said(chats, victim.id) == ["hi"]
 
 
 def test_nothing_is_changed_by_restoring_twice(chats: SessionManager, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from flask_persist_session import (
     Change,
     Deletion,
     PersistSessionError,
+    SerializationError,
     SessionConflict,
     SessionManager,
     SessionNotFound,
     SessionQuery,
+    SessionRecord,
     SessionStore,
     StoredSession,
     UnsupportedByStore,
@@ -49,6 +51,28 @@ def test_what_is_created_is_within_the_tenant(acme: SessionManager) -> None:
     assert acme.create(user_id="ada").tenant_id == "acme"
     assert acme.create().tenant_id == "acme"
     assert acme.resume_or_create(key="k", user_id="ada").tenant_id == "acme"
+
+
+def test_a_key_whose_session_cannot_be_read_is_free_again(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose a damaged record was cannot be known any more, but the key is this tenant's: it leads to a new session."""
+    acme = chats.for_tenant("acme")
+    damaged = acme.create(user_id="ada", key="k").id
+    get, removed = type(chats.store).get, list[str]()
+
+    def get_damaged(store: SessionStore, session_id: str) -> SessionRecord | None:
+        if session_id == damaged and store is chats.store and get(store, session_id) and not removed:
+            raise SerializationError("the record is damaged")
+        return get(store, session_id)
+
+    def delete(session_id: str, **options: int) -> bool:
+        removed.append(session_id)
+        return original(session_id, **options)
+
+    original = chats.store.delete
+    monkeypatch.setattr(chats.store, "delete", delete)
+    monkeypatch.setattr(type(chats.store), "get", get_damaged)
+    assert acme.resume_or_create(key="k", user_id="ada").new
+    assert removed == [damaged]
 
 
 def test_another_tenant_cannot_be_named(acme: SessionManager) -> None:
