@@ -51,7 +51,10 @@ class Transaction:
         return session
 
     def end(self, session_id: str, reason: str = "ended") -> None:
-        """End an active session, as it was changed. Raises ``SessionNotFound``, ``StoreError``, ``ValueError`` as ``SessionManager.end``."""
+        """End an active session, with what was changed in it.
+
+        Raises ``SessionNotFound``, ``StoreError``, ``ValueError`` as ``SessionManager.end``.
+        """
         check_reason(reason)
         self.reasons[self.get(session_id).id] = reason
 
