@@ -117,3 +117,12 @@ def test_a_page_of_a_user_is_one_script_of_redis(new_url: Callable[[str], str], 
             client.hset(key, "record", b"damaged")
     assert list(store.find(query)) == records[-2:-4:-1]
     store.close()
+
+
+@pytest.mark.parametrize("field", ["created", "accessed", "expires"])
+def test_the_bounds_of_a_time(field: str) -> None:
+    """``after`` is that moment or later, ``before`` is earlier: spans that meet have nothing in common."""
+    record = make_record(**{f"{field}_at": 50.0})
+    for moment, after, before in (49.0, True, False), (50.0, True, False), (51.0, False, True):
+        assert SessionQuery(**{f"{field}_after": moment}).matches(record) is after
+        assert SessionQuery(**{f"{field}_before": moment}).matches(record) is before
