@@ -715,7 +715,7 @@ def test_cachelib_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("wrong", [NullCache(), SimpleCache, {}, 7, None, object()], ids=repr)
+@pytest.mark.parametrize("wrong", [NullCache(), SimpleCache, {}, 7, None, object()], ids=lambda wrong: type(wrong).__name__)
 def test_cachelib_refuses(wrong: object) -> None:
     """What is no cache, or a cache that keeps nothing, is a ``ConfigError`` that names it and its kind."""
     with pytest.raises(ConfigError, match=rf"\({type(wrong).__name__}\) is no store"):
