@@ -348,9 +348,8 @@ def _clean_up(name: str, manager: SessionManager, older_than: float | None, dry_
     report = manager.cleanup(older_than=older_than, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-    click.echo(
-        f"{verb} {report.removed:,} session{'' if report.removed == 1 else 's'}{'' if name == WEB else f' of {name}'} ({parts})"
-    )
+    noun = "session" if report.removed == 1 else "sessions"
+    click.echo(f"{verb} {report.removed:,} {noun}{'' if name == WEB else f' of {name}'} ({parts})")
     endings = report.endings
     if endings.processed or endings.short or endings.failed:
         click.echo(f"  on_end: {endings.processed:,} processed, {endings.short:,} too short, {endings.failed:,} failed")
