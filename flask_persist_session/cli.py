@@ -326,11 +326,20 @@ def _revoke_all(manager: SessionManager, yes: bool) -> None:
     metavar="DURATION",
     help="Also remove active sessions without a request for so long and a renewal interval, such as 90m, 24h or 7d.",
 )
-def cleanup(dry_run: bool, older_than: float | None) -> None:
+@click.option(
+    "--namespace",
+    "only",
+    metavar="NAME",
+    help="Only sessions of this namespace; if not given, of all, but --older-than counts for those of flask.session.",
+)
+def cleanup(dry_run: bool, older_than: float | None, only: str | None) -> None:
     """Remove sessions that have expired, and ended ones that were kept long enough."""
+    managers = extension().managers if only is None else {only: _manager_of(only)}
     try:
-        for name, manager in extension().managers.items():
-            _clean_up(name, manager, older_than, dry_run)
+        for name, manager in managers.items():
+            # Who signs people out after a day of rest does not mean their dialogues of last week.
+            age = older_than if name == (only or WEB) else None
+            _clean_up(name, manager, age, dry_run)
     except KeyboardInterrupt:
         raise terminal.Interrupted("interrupted: what was removed is gone; run it again for the rest") from None
 
@@ -339,7 +348,8 @@ def _clean_up(name: str, manager: SessionManager, older_than: float | None, dry_
     report = manager.cleanup(older_than=older_than, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     parts = f"{report.expired:,} expired, {report.ended:,} ended, {report.idle:,} idle"
-    click.echo(f"{verb} {report.removed:,} sessions{'' if name == WEB else f' of {name}'} ({parts})")
+    noun = "session" if report.removed == 1 else "sessions"
+    click.echo(f"{verb} {report.removed:,} {noun}{'' if name == WEB else f' of {name}'} ({parts})")
     endings = report.endings
     if endings.processed or endings.short or endings.failed:
         click.echo(f"  on_end: {endings.processed:,} processed, {endings.short:,} too short, {endings.failed:,} failed")
@@ -371,7 +381,10 @@ def extension() -> PersistSession:
 
 
 def _manager() -> SessionManager:
-    name = click.get_current_context().meta.get(_NAMESPACE, WEB)
+    return _manager_of(click.get_current_context().meta.get(_NAMESPACE, WEB))
+
+
+def _manager_of(name: str) -> SessionManager:
     managers = extension().managers
     if name not in managers:
         raise click.ClickException(f"the application has no namespace {name!r}; it has {', '.join(managers)}")

@@ -436,12 +436,17 @@ def test_ended_it_can_be_read_and_not_changed(client: FlaskClient) -> None:
         problem(answer, 409, "session-ended")
 
 
-def test_ended_it_can_be_deleted(client: FlaskClient) -> None:
-    """Whoever wants it gone is not told that it has ended already."""
+def test_what_has_ended_is_deleted_with_all_that_it_has(store_url: str, make_app: MakeApp) -> None:
+    """Ending keeps data and history for a while; whoever asks for it to be erased need not wait."""
+    app = make_app(store_url)
+    client = serve(app)
     url = create(client, data={"x": 1}).headers["Location"]
-    client.post(f"{url}/end", json={})
-    assert client.delete(url).status_code == 204
+    client.post(f"{url}/history", json={"entries": [{"role": "user", "content": "hi"}]})
+    etag = client.post(f"{url}/end", json={}).headers["ETag"]
+    problem(client.delete(url, headers={"If-Match": '"1"'}), 412, "version-conflict")
+    assert client.delete(url, headers={"If-Match": etag}).status_code == 204
     problem(client.get(url), 410, "session-deleted")
+    assert chats(app).history(url.rpartition("/")[2]).count() == 0
 
 
 def test_values_that_are_no_json_are_shown_in_words(app: Flask, client: FlaskClient) -> None:

@@ -629,7 +629,9 @@ def test_a_manifest_that_is_none_is_refused(text: bytes, good: str, clock: Clock
     assert_refused(packed(tmp_path / "x.tar.gz", *members), clock, "manifest")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x1f\x8b", b"SQLite format 3\0" * 100, gzip.compress(b"hello", mtime=0)])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x1f\x8b", b"SQLite format 3\0" * 100, gzip.compress(b"hello", mtime=0)]
+)
 def test_a_foreign_file_is_refused(content: bytes, clock: Clock, tmp_path: Path) -> None:
     """Something that is no archive at all."""
     path = tmp_path / "foreign.tar.gz"

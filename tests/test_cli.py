@@ -489,6 +489,21 @@ def test_an_unknown_id_is_explained(app: Flask, command: list[str]) -> None:
     assert run(app, *command, "0" * 12)[1].startswith(f"Error: no session {'0' * 12}: ")
 
 
+def test_an_age_of_idle_sessions_is_not_that_of_chats(app: Flask, clock: Clock) -> None:
+    """Signing out who was idle for a day leaves the dialogues, unless their namespace is named."""
+    chats = PersistSession().namespace("chat", app=app)
+    chats.clock = clock
+    chat = chats.create({"a": 1})
+    clock.advance(2 * 86400)
+    removed = "removed 3 sessions (1 expired, 1 ended, 1 idle)\nremoved 0 sessions of chat (0 expired, 0 ended, 0 idle)\n"
+    assert run(app, "cleanup", "--older-than", "24h") == (0, removed)
+    assert chats.get(chat.id) is not None
+    removed = "removed 1 session of chat (0 expired, 0 ended, 1 idle)\n"
+    assert run(app, "cleanup", "--older-than", "24h", "--namespace", "chat") == (0, removed)
+    assert chats.get(chat.id) is None
+    assert "no namespace 'caht'" in run(app, "cleanup", "--namespace", "caht")[1]
+
+
 @pytest.mark.parametrize("command", [["show"], ["why"], ["revoke", "--yes"]], ids=str)
 def test_an_id_of_another_namespace_is_pointed_to(app: Flask, command: list[str]) -> None:
     """Whoever copies the id of a chat is told which option is missing, and nothing is done."""

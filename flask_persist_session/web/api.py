@@ -250,11 +250,11 @@ class _Api:
         return _session_response(call.manager, changed)
 
     def delete_session(self, call: _Call) -> Response:
-        """Remove a session with all that it has, also if it has ended."""
+        """Remove a session with all that it has, in whatever state it is."""
         session = self._session(call)
         with _expected(session) as version:
             if not call.manager.delete(session.id, expected_version=version):
-                raise Problem(api_problems.ENDED, "It ended at this moment.")
+                raise Problem(api_problems.DELETED, "Somebody else has deleted it at this moment.")
         return Response(status=204)
 
     def end_session(self, call: _Call) -> Response:

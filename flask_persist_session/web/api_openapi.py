@@ -98,7 +98,7 @@ OPERATIONS = (
         action="delete",
         summary="Remove a session with its data and its history.",
         answers={204: None},
-        problems=_CHANGE,
+        problems=(*_ONE, problems.BUSY),
         version="optional",
     ),
     Operation(
