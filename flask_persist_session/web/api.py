@@ -165,7 +165,7 @@ class _Api:
         """The request, checked without a look at what is stored, so that nothing is told of it."""
         query, body, headers = _read_query(operation), _read_body(operation), _read_headers(operation)
         if operation.version == "required" and "If-Match" not in request.headers:
-            raise Problem(api_problems.NO_VERSION, 'Send the ETag of the version that you change: If-Match: "3".')
+            raise Problem(api_problems.NO_VERSION, 'Send the ETag of the version that you change, such as If-Match: "3".')
         if "user_id" in path:
             path = {"user_id": _checked(api_schemas.UserPath, path, "path").user_id}
         manager, tenant_id = self._bound(PersistSession().namespace(self._namespace))
