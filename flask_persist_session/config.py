@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from .envelope import COMPRESSIONS, MAKE_KEY, key_bytes, open_cipher, open_compression
 from .exceptions import ConfigError
 from .serializers import SERIALIZERS
 
@@ -38,6 +40,10 @@ class Config:
     """The store that was used until now: what is missing in ``store`` is looked for there and moved over."""
     serializer: str = "msgpack"
     """What writes session data: ``msgpack``, ``json`` or ``pickle``. All but ``pickle`` are always read."""
+    compress: str | None = None
+    """How session data and entries of histories are compressed: ``zlib`` or ``zstd``; ``None``: not at all."""
+    encryption_keys: tuple[str | bytes, ...] = field(default=(), repr=False)
+    """Keys that encrypt session data and entries of histories: the first one encrypts, all of them decrypt."""
     idle_timeout: float | None = None
     """Seconds after its last request at which a session expires; ``None``: the app's ``PERMANENT_SESSION_LIFETIME``."""
     absolute_timeout: float | None = None
@@ -59,7 +65,7 @@ class Config:
     track_devices: bool = False
     """Note the IP address and the user agent of sign-in and of the last renewal in the metadata of each session."""
     max_bytes: int = 1024 * 1024
-    """Largest encoded payload of one session, and largest entry of a history, in bytes."""
+    """Largest session, and largest entry of a history, in bytes as encoded, before they are compressed."""
     max_entries: int = 100_000
     """How many entries a history may have; 0: any number."""
     cleanup_interval: float = 600.0
@@ -191,6 +197,38 @@ def _serializer(key: str, value: Any) -> str:
     return str(value)
 
 
+def _compression(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if value not in COMPRESSIONS:
+        raise _wrong(key, value, f"one of {', '.join(COMPRESSIONS)}, or None")
+    with _named(key):
+        open_compression(value)
+    return str(value)
+
+
+def _encryption_keys(key: str, value: Any) -> tuple[str | bytes, ...]:
+    """None of the messages has a value: they are secret, and so is what is nearly a key."""
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{key} is a {type(value).__name__}; allowed is a list of keys, the current one first")
+    for index, text in enumerate(value):
+        decoded = key_bytes(text)
+        if decoded is None:
+            raise ConfigError(f"{key}[{index}] is no key: 32 random bytes in base64url. Make one with: {MAKE_KEY}")
+        with _named(key):
+            open_cipher(decoded)
+    return tuple(value)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say in a ``ConfigError`` which setting it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
 def _store(key: str, value: Any) -> Any:
     if value is None or value == "":
         raise _wrong(key, value, 'a URL such as "sqlite:///sessions.db", or a store object')
@@ -216,6 +254,8 @@ _CHECKS = {
     "store": _store,
     "migrate_from": _store,
     "serializer": _serializer,
+    "compress": _compression,
+    "encryption_keys": _encryption_keys,
     "idle_timeout": _timeout,
     "absolute_timeout": _timeout,
     "renew_interval": _duration,

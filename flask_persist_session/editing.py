@@ -64,10 +64,10 @@ class Editing(Creating):
 
     def _changed(self, session: StoredSession) -> SessionRecord | None:
         """The next version of *session*, ``None`` if it was not changed."""
-        payload, redescribed = self._encode(session.data), session.redescribed()
-        if redescribed is None and self._codec.unchanged(payload, session.record.data):
+        plain, redescribed = self._plain(session.data), session.redescribed()
+        if redescribed is None and self._codec.unchanged(plain, session.record.data):
             return None
-        return self._next_version(session.record, payload, redescribed=redescribed)
+        return self._next_version(session.record, self._codec.seal(plain), redescribed=redescribed)
 
     # Time -------------------------------------------------------------------------------------------------------------
 
@@ -140,12 +140,12 @@ class Editing(Creating):
         payload = record.data
         if data:
             try:
-                payload = self._encode({**self._codec.decode(record.data), **data})
+                plain = self._plain({**self._codec.decode(payload), **data})
             except SerializationError as error:
                 self._report_corrupt(record.id, error)
                 return None
-        described = redescribed.applied(record)
-        if self._codec.unchanged(payload, record.data) and described == record:
+            payload = payload if self._codec.unchanged(plain, payload) else self._codec.seal(plain)
+        if payload is record.data and redescribed.applied(record) == record:
             return None
         return self._next_version(record, payload, redescribed=redescribed)
 

@@ -22,6 +22,7 @@ from .backup_files import BackupFile, backups_in, newest_before
 from .cli import sessions_cli
 from .config import LONGEST, PREFIX, CapPolicy, Config, checked
 from .ending import Handler
+from .envelope import Envelope
 from .exceptions import ConfigError, SessionLimitReached, StoreUnavailable, UnsupportedByStore
 from .interface import PersistSessionInterface, secret_keys
 from .lifecycle import WEB
@@ -140,7 +141,9 @@ class PersistSession:
             store = MigratingStore(store, _open(app, config.migrate_from, "MIGRATE_FROM"))
         _check_lists(config, store)
         archive = _open_archive(config, app.instance_path)
-        common = _Common(config, Codec(config.serializer, keys=lambda: secret_keys(app)), archive, app)
+        envelope = Envelope(config.compress, config.encryption_keys)
+        codec = Codec(config.serializer, keys=lambda: secret_keys(app), envelope=envelope)
+        common = _Common(config, codec, archive, app)
         manager = common.manager(
             store,
             WEB,

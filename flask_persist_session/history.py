@@ -101,10 +101,10 @@ class History:
             raise ValueError(f"the role of an entry is {role!r:.80}; allowed is text such as 'user' or 'assistant'")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise ValueError(f"the metadata of an entry are of type {type(metadata).__name__}; allowed is a mapping")
-        payload = self._codec.encode({"role": role, "content": entry["content"], "metadata": dict(metadata or {})})
-        if len(payload) > self._max_bytes:
-            raise SessionTooLarge(f"an entry takes {len(payload):,} bytes, and max_bytes allows {self._max_bytes:,}")
-        return payload
+        plain = self._codec.plain({"role": role, "content": entry["content"], "metadata": dict(metadata or {})})
+        if len(plain) > self._max_bytes:
+            raise SessionTooLarge(f"an entry takes {len(plain):,} bytes, and max_bytes allows {self._max_bytes:,}")
+        return self._codec.seal(plain)
 
     def latest(self, limit: int = 20) -> list[HistoryEntry]:
         """The last *limit* entries, oldest first."""

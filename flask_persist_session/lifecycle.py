@@ -255,11 +255,11 @@ class Lifecycle:
         Raises ``SerializationError`` naming the key path of a value that cannot be stored, ``SessionTooLarge``,
         ``SessionConflict`` after too many tries, ``StoreError``. Whatever is raised, the stored state is as it was.
         """
-        payload, redescribed = self._encode(session.data), session.redescribed()
-        if redescribed is None and self._codec.unchanged(payload, session.record.data):
+        plain, redescribed = self._plain(session.data), session.redescribed()
+        if redescribed is None and self._codec.unchanged(plain, session.record.data):
             return self.renew(session, metadata=metadata) if renew else "unchanged"
         write = partial(self._write, renew=renew, metadata=metadata, redescribed=redescribed)
-        return self._merge_and_save(session, payload, write, delete_empty)
+        return self._merge_and_save(session, self._codec.seal(plain), write, delete_empty)
 
     def renew(self, session: StoredSession, *, metadata: Metadata | None = None) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded.
@@ -348,10 +348,11 @@ class Lifecycle:
             if current is None:
                 return "discarded"
             session.data = self._merge(base, session.data, current)
-            base, record, payload = current.record.data, current.record, self._encode(session.data)
-            if payload == record.data and session.redescribed() is None:
+            base, record, plain = current.record.data, current.record, self._plain(session.data)
+            if session.redescribed() is None and self._codec.unchanged(plain, base):
                 session.replace_record(record)
                 return "saved"
+            payload = self._codec.seal(plain)
 
     def _delete_version(self, record: SessionRecord, reason: str) -> None:
         self._close(record, reason, forget=True)
@@ -395,19 +396,22 @@ class Lifecycle:
         for key in before.keys() | mine.keys():
             if key not in mine:
                 merged.pop(key, None)
-            elif key not in before or self._codec.encode({key: mine[key]}) != self._codec.encode({key: before[key]}):
+            elif key not in before or self._codec.plain({key: mine[key]}) != self._codec.plain({key: before[key]}):
                 merged[key] = mine[key]
         return merged
 
     def _encode(self, data: dict[str, Any]) -> bytes:
-        payload = self._codec.encode(data)
-        if len(payload) > self._max_bytes:
+        return self._codec.seal(self._plain(data))
+
+    def _plain(self, data: dict[str, Any]) -> bytes:
+        plain = self._codec.plain(data)
+        if len(plain) > self._max_bytes:
             largest = ", ".join(f"{key!r}: {size:,}" for key, size in islice(self._codec.sizes(data).items(), 3))
             raise SessionTooLarge(
-                f"the session takes {len(payload):,} bytes, {self._limit('max_bytes')} allows {self._max_bytes:,}; "
+                f"the session takes {len(plain):,} bytes, {self._limit('max_bytes')} allows {self._max_bytes:,}; "
                 f"its largest keys are {largest}"
             )
-        return payload
+        return plain
 
     # Ending -----------------------------------------------------------------------------------------------------------
 

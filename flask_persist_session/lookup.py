@@ -68,7 +68,8 @@ class Lookup:
         except SerializationError as error:
             raise SerializationError(
                 f"the data of session {record.id} cannot be read: {error}. Its user goes on with a new session; set "
-                "PERSIST_SESSION_SERIALIZER and SECRET_KEY as they were when it was stored, or revoke it"
+                "PERSIST_SESSION_SERIALIZER, SECRET_KEY and PERSIST_SESSION_ENCRYPTION_KEYS as they were when it was "
+                "stored, or revoke it"
             ) from error
         return SessionDetails(
             record=record, state=state, data=data, sizes=self._codec.sizes(data), awaits=self._lifetime.awaits(record)

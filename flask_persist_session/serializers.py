@@ -25,6 +25,7 @@ import ormsgpack
 from itsdangerous import Signer, want_bytes
 from markupsafe import Markup
 
+from .envelope import Envelope
 from .exceptions import SerializationError
 from .records import FIRST_MOMENT, JSON, LAST_MOMENT, SessionRecord, is_session_id
 
@@ -492,33 +493,53 @@ def _unpicklable_path(value: object) -> str:
 # Envelope -------------------------------------------------------------------------------------------------------------
 
 SERIALIZERS = ("msgpack", "json", "pickle")
+_HIGHEST_PLAIN = 0x0F
 
 
 class Codec:
     """Session data to a payload and back, in an envelope of one leading byte that says how to read the rest.
 
-    The low four bits are the serializer's number. The high four are zero: they are the place of compression and
-    encryption, so a payload that has them set comes from a newer version and is refused, not guessed at.
+    The low four bits are the serializer's number, the high four those of *envelope*, which compresses and encrypts. Data
+    that is only encoded, with high bits of zero, is called plain: plain forms can be compared, payloads cannot, because
+    encryption makes another one each time.
 
     *serializer* is one of ``SERIALIZERS`` and writes; what ``msgpack`` and ``json`` wrote is read always, so changing
     the setting loses no session, pickle only where it is configured. *keys* returns the secret keys that sign pickles.
     """
 
-    def __init__(self, serializer: str = "msgpack", *, keys: Callable[[], Sequence[str | bytes]] = tuple) -> None:
+    def __init__(
+        self,
+        serializer: str = "msgpack",
+        *,
+        keys: Callable[[], Sequence[str | bytes]] = tuple,
+        envelope: Envelope | None = None,
+    ) -> None:
         msgpack, readable, pickled = MsgpackSerializer(), JSONSerializer(), PickleSerializer(keys)
         self._writer: Serializer = dict(zip(SERIALIZERS, (msgpack, readable, pickled), strict=True))[serializer]
         self._prefix = bytes([self._writer.number])
         self._readers = {reader.number: reader for reader in (msgpack, readable, self._writer)}
+        self._envelope = envelope or Envelope()
 
     def encode(self, data: dict[str, Any]) -> bytes:
         """The payload for *data*. Raises ``SerializationError`` naming the key path of what cannot be stored."""
+        return self.seal(self.plain(data))
+
+    def plain(self, data: dict[str, Any]) -> bytes:
+        """The plain form of *data*. Raises as ``encode`` does."""
         return self._prefix + self._writer.dumps(data)
+
+    def seal(self, plain: bytes) -> bytes:
+        """The payload for data in its plain form."""
+        return self._envelope.seal(plain)
 
     def decode(self, payload: bytes) -> dict[str, Any]:
         """The data of a payload. Raises ``SerializationError`` for one that is damaged, unknown or no mapping."""
         if not payload:
             raise SerializationError("the payload is empty")
         reader = self._readers.get(payload[0])
+        if reader is None and payload[0] > _HIGHEST_PLAIN:
+            payload = self._envelope.open(payload)
+            reader = self._readers.get(payload[0])
         if reader is None:
             hint = '; set PERSIST_SESSION_SERIALIZER = "pickle" to read it' if payload[0] == 3 else ""
             raise SerializationError(f"the payload's envelope 0x{payload[0]:02x} is unknown{hint}")
@@ -527,17 +548,19 @@ class Codec:
             raise SerializationError(f"the payload holds a {type(data).__name__} and not a mapping")
         return data
 
-    def unchanged(self, payload: bytes, stored: bytes) -> bool:
-        """Whether *payload*, just encoded, holds what the *stored* payload held when it was decoded."""
-        if payload == stored:
+    def unchanged(self, plain: bytes, stored: bytes) -> bool:
+        """Whether the *plain* form of data just encoded holds what the *stored* payload held when it was decoded."""
+        if stored and stored[0] > _HIGHEST_PLAIN:
+            stored = self._envelope.open(stored)
+        if plain == stored:
             return True
         if self._writer.canonical and stored[:1] == self._prefix:
             return False
         # Written by another serializer, or by one whose bytes vary: compare with what the same data gives today.
-        return payload == self.encode(self.decode(stored))
+        return plain == self.plain(self.decode(stored))
 
     def sizes(self, data: Mapping[str, Any]) -> dict[str, int]:
-        """The bytes that each top-level key takes, largest first."""
+        """The bytes that each top-level key takes in the plain form, largest first."""
         sizes = {key: len(self._writer.dumps({key: value})) for key, value in data.items()}
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 

@@ -18,6 +18,7 @@ LAYERS = {
     "records": 0,
     "exceptions": 0,
     "serializers": 1,
+    "envelope": 1,
     "tokens": 1,
     "signals": 1,
     "config": 1,
@@ -115,6 +116,8 @@ SIBLINGS = {
     ("monthly_archive", "archive"),
     ("lifetime", "config"),
     ("config", "serializers"),
+    ("config", "envelope"),
+    ("serializers", "envelope"),
     ("config", "stores"),
     ("stores", "serializers"),
     ("stores", "tokens"),
@@ -146,10 +149,23 @@ DRIVERS = {
     "pymemcache": {"origins"},
     "cachelib": {"stores.cachelib"},
     "ormsgpack": {"serializers"},
+    "cryptography": {"envelope"},
+    "zstandard": {"envelope"},
     "ua_parser": {"web.devices"},
     "pydantic": {"web.api_schemas"},
 }
-OPTIONAL = ("redis", "psycopg", "psycopg2", "pymysql", "ua_parser", "pydantic", "hypothesis", "pytest")
+OPTIONAL = (
+    "redis",
+    "psycopg",
+    "psycopg2",
+    "pymysql",
+    "ua_parser",
+    "pydantic",
+    "cryptography",
+    "zstandard",
+    "hypothesis",
+    "pytest",
+)
 #: Which layers may import what of Flask.
 FLASK_FROM = 2
 
