@@ -535,9 +535,9 @@ def labels(tags: Iterable[str]) -> frozenset[str]:
 
 
 def _check_metadata(metadata: Metadata) -> None:
-    dump_metadata(metadata)
     if LIFETIME in metadata:
         check_lifetime(metadata[LIFETIME])
+    dump_metadata(metadata)
 
 
 class Retry:

@@ -58,6 +58,12 @@ def app(make_app: MakeApp, clock: Clock) -> Flask:
     return app
 
 
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have set how wide a terminal is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(app: Flask, *arguments: str) -> tuple[int, str]:
     result = app.test_cli_runner().invoke(args=["sessions", *arguments])
     return result.exit_code, result.output
