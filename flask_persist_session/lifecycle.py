@@ -137,10 +137,11 @@ class Lifecycle:
         described = dict(metadata or {})
         if lifetime is not None:
             described[LIFETIME] = lifetime
-        self._check_size(described)
         return described
 
-    def _check_size(self, metadata: Metadata) -> None:
+    def _check_metadata(self, metadata: Metadata) -> None:
+        if LIFETIME in metadata:
+            check_lifetime(metadata[LIFETIME])
         size = len(dump_metadata(metadata))
         if size > self._max_bytes:
             raise SessionTooLarge(
@@ -167,7 +168,7 @@ class Lifecycle:
         key_id: str | None = None,
     ) -> StoredSession:
         """A new session that is not stored yet: with a token, or under an id that stands for a key."""
-        _check_metadata(metadata)
+        self._check_metadata(metadata)
         token = None if key_id else tokens.make_token(tokens.shard_of(owner.user_id))
         now = self.clock()
         began = now if created_at is None else created_at
@@ -308,8 +309,7 @@ class Lifecycle:
         if redescribed is None:
             return changed
         changed = redescribed.applied(changed)
-        _check_metadata(changed.metadata)
-        self._check_size(changed.metadata)
+        self._check_metadata(changed.metadata)
         labels(changed.tags)
         return changed
 
@@ -532,12 +532,6 @@ def labels(tags: Iterable[str]) -> frozenset[str]:
     if isinstance(tags, str) or not all(isinstance(tag, str) for tag in given):
         raise ValueError(f"tags are {tags!r}; allowed is a list or set of str")
     return frozenset(given)
-
-
-def _check_metadata(metadata: Metadata) -> None:
-    if LIFETIME in metadata:
-        check_lifetime(metadata[LIFETIME])
-    dump_metadata(metadata)
 
 
 class Retry:
