@@ -21,7 +21,7 @@ class History:
     """The entries of one session, numbered from 1 without gaps; see ``SessionManager.history``.
 
     :param session: returns the session if it is active, and raises ``SessionNotFound`` otherwise.
-    :param load: returns it in whatever state.
+    :param began: when the session that is meant was created; not given: whichever is there at the first append.
     :param renewed: is given the session after something was appended.
     :param is_there: whether what was just read is still of the session that is meant.
     :param max_entries: how many entries there may be; 0: any number.
@@ -36,19 +36,18 @@ class History:
         *,
         clock: Callable[[], float],
         session: Callable[[str], StoredSession],
-        load: Callable[[str], StoredSession | None],
+        began: float | None,
         renewed: Callable[[StoredSession], object],
         is_there: Callable[[], bool],
         max_entries: int,
         max_bytes: int,
     ) -> None:
         self.session_id = session_id
-        self._began: float | None = None
+        self._began = began
         self._log = log
         self._codec = codec
         self._clock = clock
         self._session = session
-        self._load = load
         self._renewed = renewed
         self._is_there = is_there
         self._max_entries = max_entries
@@ -86,6 +85,7 @@ class History:
                 expected_seq=expected_seq,
                 key=idempotency_key,
                 most=self._max_entries or None,
+                began=self._began,
             )
         except SessionConflict as error:
             raise HistoryConflict(str(error), missed=self.after(expected_seq or 0, limit=_MISSED)) from error
@@ -145,12 +145,10 @@ class History:
     def clear(self) -> bool:
         """Remove all entries; the next one is number 1 again. Says whether there were any.
 
-        Once something was appended here, only those of that session: none, if its key leads to another by now.
+        Of a session, or its record, and once something was appended here, only those of that session: none, if its key
+        leads to another by now.
         """
-        current = None if self._began is None else self._load(self.session_id)
-        if current is not None and current.created_at != self._began:
-            return False
-        return self._log.delete(self.session_id)
+        return self._log.delete(self.session_id, began=self._began)
 
     def __iter__(self) -> Iterator[HistoryEntry]:
         """All entries, oldest first, a few at a time in memory."""

@@ -365,10 +365,8 @@ class Lifecycle:
         Where its key was used anew meanwhile, it has gone already, and what is there is the history of another session.
         """
         if self.namespace != WEB:
-            current = self.store.get(record.id)
-            if current is not None and current.created_at == record.created_at:
-                with suppress(UnsupportedByStore):
-                    self.store.history.delete(record.id)
+            with suppress(UnsupportedByStore):
+                self.store.history.delete(record.id, began=record.created_at)
 
     def _current(self, record: SessionRecord) -> StoredSession | None:
         """The session of *record* as it is now, if it is still active; otherwise say that a change is discarded.

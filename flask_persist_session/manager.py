@@ -178,7 +178,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             self._codec,
             clock=lambda: self.clock(),
             session=self.existing,
-            load=self.load,
+            began=meant.created_at if isinstance(meant, SessionRecord) else None,
             renewed=self._renewed,
             is_there=(lambda: not isinstance(meant, SessionRecord) or self._is_there(meant)),
             max_entries=self._max_entries,

@@ -21,6 +21,7 @@ between processes. It needs a system with ``fork``.
 from __future__ import annotations
 
 import hashlib
+import math
 import json
 import multiprocessing
 import random
@@ -1771,6 +1772,71 @@ class HistoryLogContract(_Contract):
             log.append(record.id, [b"b"], created_at=1.0, expected_seq=5, most=0)
         with pytest.raises(ValueError, match="key"):
             log.append(record.id, [b"b"], created_at=1.0, key="\0")
+
+    # began ------------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("began", [_MOMENT, 0.1 + 0.2, -5.1, 0.0, 1.0, 5e-324])
+    def test_append_to_the_session_that_is_meant(self, store: SessionStore, log: HistoryLog, began: float) -> None:
+        """A session that began at just that moment takes entries, in each of its versions."""
+        record = make_record(1, created_at=began)
+        store.save(record, expected=0)
+        assert log.append(record.id, [b"a"], created_at=1.0, began=began) == 1
+        store.save(following(record, data=b"more"), expected=1)
+        assert log.append(record.id, [b"b"], created_at=1.0, began=began) == 2
+
+    @pytest.mark.parametrize("towards", [-math.inf, math.inf], ids=["earlier", "later"])
+    def test_append_to_another_session_than_is_meant(
+        self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], towards: float
+    ) -> None:
+        """One that began the least bit earlier or later is ``SessionNotFound``, of a known key and of nothing too."""
+        log.append(record.id, [b"11"], created_at=1.0, key="key")
+        began = math.nextafter(record.created_at, towards)
+        for entries, key in ([b"a"], None), ([b"11"], "key"), ([], None):
+            with pytest.raises(SessionNotFound) as caught:
+                log.append(record.id, entries, created_at=1.0, key=key, expected_seq=5, began=began)
+            assert not caught.value.missing
+        assert log.count(record.id) == 11
+
+    def test_append_to_the_next_session_of_an_id(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """Whoever means the session that was there before adds nothing, and removes nothing, of the one that is there now."""
+        store.delete(record.id)
+        later = make_record(1, created_at=record.created_at + 1)
+        store.save(later, expected=0)
+        log.append(later.id, [b"new"], created_at=1.0, began=later.created_at)
+        with pytest.raises(SessionNotFound):
+            log.append(record.id, [b"late"], created_at=1.0, began=record.created_at)
+        assert log.delete(record.id, began=record.created_at) is False
+        assert [entry.data for entry in log.read(later.id)] == [b"new"]
+
+    @pytest.mark.parametrize("session_id", [make_record(2).id, *MALFORMED_IDS.values()], ids=["missing", *MALFORMED_IDS])
+    def test_no_session_is_meant(self, log: HistoryLog, record: SessionRecord, session_id: str) -> None:
+        """Where there is no record, nothing can be added or removed, whenever it began."""
+        with pytest.raises(SessionNotFound) as caught:
+            log.append(session_id, [b"a"], created_at=1.0, began=record.created_at)
+        assert caught.value.missing
+        assert log.delete(session_id, began=record.created_at) is False
+
+    def test_an_ended_session_is_meant(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
+        """What has ended takes no entry; its history can be removed by who knows when it began."""
+        log.append(record.id, [b"a"], created_at=1.0)
+        store.save(following(record, ended_at=2.0), expected=1)
+        with pytest.raises(SessionNotFound):
+            log.append(record.id, [b"b"], created_at=1.0, began=record.created_at)
+        assert log.delete(record.id, began=math.nextafter(record.created_at, 0.0)) is False
+        assert log.delete(record.id, began=record.created_at) is True
+        assert log.count(record.id) == 0
+
+    @pytest.mark.parametrize("towards", [-math.inf, math.inf], ids=["earlier", "later"])
+    def test_delete_of_another_session_than_is_meant(
+        self, log: HistoryLog, record: SessionRecord, ten: list[LogEntry], towards: float
+    ) -> None:
+        """Nothing is removed unless it began at just that moment; keys are remembered too."""
+        log.append(record.id, [b"11"], created_at=11.0, key="key")
+        assert log.delete(record.id, began=math.nextafter(record.created_at, towards)) is False
+        assert log.append(record.id, [b"11"], created_at=12.0, key="key") == 11
+        assert log.read(record.id) == [*ten, LogEntry(seq=11, data=b"11", created_at=11.0)]
+        assert [log.delete(record.id, began=record.created_at) for _ in range(2)] == [True, False]
+        assert log.append(record.id, [b"a"], created_at=1.0, key="key") == 1
 
     # key --------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from flask_persist_session import (
     HistoryConflict,
     HistoryEntry,
+    HistoryLog,
     SerializationError,
     SessionManager,
     SessionNotFound,
@@ -201,6 +202,92 @@ def test_a_stream_of_before_does_not_go_on_in_the_next_session_of_its_key(chats:
     with pytest.raises(SessionNotFound, match="key"):
         history.append(said("late"))
     assert chats.history(second.id).latest() == []
+
+
+@pytest.fixture
+def used_anew(chats: SessionManager, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Lets another process end a session and use its key anew, just before the store does something to its history."""
+
+    def arrange(session_id: str, operation: str) -> None:
+        log_class = type(chats.store.history)
+        write = getattr(log_class, operation)
+
+        def meanwhile(log: HistoryLog, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            chats.end(session_id)
+            later = chats.resume_or_create(key="k", user_id="ada")
+            assert (later.id, later.new) == (session_id, True)
+            if operation == "delete":
+                chats.history(later).append(said("new"))
+            return write(log, *arguments, **options)
+
+        monkeypatch.setattr(log_class, operation, meanwhile)
+
+    return arrange
+
+
+def test_a_key_that_is_used_anew_while_an_entry_is_on_its_way(
+    chats: SessionManager, used_anew: Callable[[str, str], None]
+) -> None:
+    """Between the look at the session and the append: the late entry is in no history, and the next one begins empty."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    history = chats.history(first.id)
+    history.append(said("Hello"))
+    used_anew(first.id, "append")
+    with pytest.raises(SessionNotFound, match="key"):
+        history.append(said("late"))
+    assert chats.history(first.id).latest() == []
+    [old] = [record.id for record in chats.find(user_id="ada") if record.id != first.id]
+    assert contents(chats.history(old).latest()) == ["Hello"]
+
+
+def test_a_key_that_is_used_anew_while_the_first_entry_is_on_its_way(
+    chats: SessionManager, used_anew: Callable[[str, str], None]
+) -> None:
+    """The session that was looked at is the one that is meant, by its id alone too."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    used_anew(first.id, "append")
+    with pytest.raises(SessionNotFound, match="key"):
+        chats.history(first.id).append(said("late"))
+    assert chats.history(first.id).latest() == []
+
+
+def test_a_key_that_is_used_anew_while_its_history_is_cleared(
+    chats: SessionManager, used_anew: Callable[[str, str], None]
+) -> None:
+    """What is said in the next session of that key stays."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    history = chats.history(first.id)
+    history.append(said("Hello"))
+    used_anew(first.id, "delete")
+    assert history.clear() is False
+    assert contents(chats.history(first.id).latest()) == ["new"]
+
+
+def test_a_key_that_is_used_anew_while_its_session_is_deleted(
+    chats: SessionManager, used_anew: Callable[[str, str], None]
+) -> None:
+    """Between its ending and the removal of its history: the next session of that key keeps its own."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    chats.history(first.id).append(said("Hello"))
+    used_anew(first.id, "delete")
+    assert chats.delete(first.id)
+    assert contents(chats.history(first.id).latest()) == ["new"]
+
+
+@pytest.mark.parametrize("do", ["append", "clear"])
+def test_the_history_of_a_session_is_not_that_of_the_next_one_of_its_key(chats: SessionManager, do: str) -> None:
+    """Also where it is used for the first time when its session has ended and its key was used anew."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    history = chats.history(first)
+    chats.end(first.id)
+    chats.history(chats.resume_or_create(key="k", user_id="ada")).append(said("new"))
+    if do == "append":
+        with pytest.raises(SessionNotFound, match="key"):
+            history.append(said("late"))
+    else:
+        assert history.clear() is False
+    assert contents(chats.history(first.id).latest()) == ["new"]
 
 
 def test_a_record_of_a_list_leads_to_its_history(chats: SessionManager) -> None:

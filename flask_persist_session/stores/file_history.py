@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
-from ..exceptions import SerializationError
-from ..records import LogEntry, is_session_id
+from ..exceptions import SerializationError, SessionNotFound
+from ..records import LogEntry, SessionRecord, is_session_id
 from .frames import (
     NO_FILE,
     SAFELY,
@@ -38,6 +38,7 @@ from .history import (
     RESTORED_AT_ONCE,
     HistoryLog,
     behind,
+    check_began,
     check_entries,
     check_restored,
     check_room,
@@ -100,10 +101,11 @@ class FileHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         digest = digest_of(key)
         check_entries(entries, created_at)
-        with self._changing(session_id, ended=False) as files:
+        with self._changing(session_id, ended=False, began=began) as files:
             if digest is not None and (known := files.number_of(digest)):
                 return known
             last = files.last_seq
@@ -131,11 +133,11 @@ class FileHistory(HistoryLog):
     def count(self, session_id: str) -> int:
         return self._look(session_id, lambda files: files.last_seq, 0)
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         if not is_session_id(session_id):
             return False
-        with self._locked(session_id) as (path, handle, _):
-            if handle == NO_FILE:
+        with self._locked(session_id) as (path, handle, size):
+            if handle == NO_FILE or not _is_meant(session_id, handle, size, began):
                 return False
             there = False
             with suppress(FileNotFoundError), _opened(path) as files:
@@ -168,15 +170,18 @@ class FileHistory(HistoryLog):
             raise failure(error) from error
 
     @contextmanager
-    def _changing(self, session_id: str, *, ended: bool) -> Iterator[_Files]:
+    def _changing(self, session_id: str, *, ended: bool, began: float | None = None) -> Iterator[_Files]:
         """The files of a history, made if need be, while nobody else changes them or the session.
 
-        Raises ``SessionNotFound`` if there is no session, or it has *ended* and must not have.
+        Raises ``SessionNotFound`` if there is no session, not the one that *began* then, or it has *ended* and must not
+        have.
         """
         if not is_session_id(session_id):
             raise no_session(session_id)
         with self._locked(session_id) as (path, handle, size):
-            if _has_ended(session_id, handle, size) and not ended:
+            record = _record(session_id, handle, size)
+            check_began(session_id, record.created_at, began)
+            if record.ended_at is not None and not ended:
                 raise no_session(session_id, ended=True)
             with _opened(path, create=True, sync=self._sync) as files:
                 files.mend()
@@ -209,14 +214,23 @@ class FileHistory(HistoryLog):
                 return nothing
 
 
-def _has_ended(session_id: str, handle: int, size: int) -> bool:
-    """Whether the session in a locked file has ended. Raises ``SessionNotFound`` if there is none in it."""
+def _record(session_id: str, handle: int, size: int) -> SessionRecord:
+    """What a locked file ends in. Raises ``SessionNotFound`` if there is no session in it."""
     last = None if handle == NO_FILE else last_frame(handle, size)
     if last is not None:
-        return record_in(last, session_id).ended_at is not None
+        return record_in(last, session_id)
     if handle != NO_FILE and not is_unfinished(read_range(handle, size, 0)):
         raise SerializationError(f"the file of session {session_id} has no intact frame")
     raise no_session(session_id)
+
+
+def _is_meant(session_id: str, handle: int, size: int, began: float | None) -> bool:
+    """Whether the session in a locked file is the one that *began* then."""
+    if began is None:
+        return True
+    with suppress(SessionNotFound):
+        return _record(session_id, handle, size).created_at == began
+    return False
 
 
 def remove_history(path: str) -> None:

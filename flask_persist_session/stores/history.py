@@ -43,6 +43,7 @@ class HistoryLog(ABC):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         """Store all *entries* behind the last one, or none of them; return the number of the last one there is then.
 
@@ -58,11 +59,13 @@ class HistoryLog(ABC):
             *expected_seq* and *most* say. The keys of at least the latest ``REMEMBERED`` appends are remembered, until
             ``delete``.
         :param most: how many entries the history may have.
+        :param began: when the session that is meant was created: an id that is made of a key can be that of a later one.
 
         Raises, in this order: ``ValueError`` for a key or time that not every store keeps, ``TypeError`` for an entry that
-        is not ``bytes``; ``SessionNotFound`` if there is no record of that id, as of a malformed one, or it has ended,
-        which is checked in the same step as everything; ``SessionConflict`` if there are more or fewer entries than
-        *expected_seq*; ``SessionTooLarge`` if there would be more than *most*. Also ``StoreUnavailable``, ``StoreError``.
+        is not ``bytes``; ``SessionNotFound`` if there is no record of that id, as of a malformed one, its
+        ``created_at`` is another than *began*, or it has ended, which is checked in the same step as everything;
+        ``SessionConflict`` if there are more or fewer entries than *expected_seq*; ``SessionTooLarge`` if there would be
+        more than *most*. Also ``SerializationError`` for a damaged record, ``StoreUnavailable``, ``StoreError``.
         """
 
     @abstractmethod
@@ -93,12 +96,16 @@ class HistoryLog(ABC):
         """
 
     @abstractmethod
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         """Remove all entries and forget their keys, whether or not the session has ended; say whether there were any.
 
         The session stays, and the next entry has the number 1. Missing and malformed ids: ``False``.
 
-        Raises ``StoreUnavailable``, ``StoreError``.
+        :param began: when the session that is meant was created. If the ``created_at`` of its record is another, or there
+            is no record, nothing is removed and the answer is ``False``; that is checked in the same step.
+
+        Raises ``SerializationError`` if *began* cannot be compared because the record is damaged; ``StoreUnavailable``,
+        ``StoreError``.
         """
 
     @abstractmethod
@@ -172,6 +179,17 @@ def no_session(session_id: str, *, ended: bool = False) -> SessionNotFound:
     """The error of an append to what is no live session."""
     what = f"session {session_id} has ended" if ended else f"there is no session {session_id[:67]!r}"
     return SessionNotFound(f"{what}: nothing was added to its history", missing=not ended)
+
+
+def check_began(session_id: str, created_at: float, began: float | None) -> None:
+    """Raises ``SessionNotFound`` if what was created at *created_at* is another session than the one that *began* then."""
+    if began not in (None, created_at):
+        raise another_session(session_id)
+
+
+def another_session(session_id: str) -> SessionNotFound:
+    """The error of an append that means an earlier session of the same id."""
+    return SessionNotFound(f"session {session_id} has ended, and its key leads to another now: nothing was added to it")
 
 
 def span(after: int, before: int | None, limit: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from .history import (
     REMEMBERED,
     HistoryLog,
     behind,
+    check_began,
     check_entries,
     check_restored,
     check_room,
@@ -53,11 +54,12 @@ class MemoryHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         digest = digest_of(key)
         check_entries(entries, created_at)
         with self._lock():
-            log = self._log(session_id, ended=False)
+            log = self._log(session_id, ended=False, began=began)
             if digest is not None and digest in log.keys:
                 return log.keys[digest]
             last = len(log.entries)
@@ -87,9 +89,11 @@ class MemoryHistory(HistoryLog):
         with self._lock():
             return len(self._entries(session_id))
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         with self._lock():
-            return self.forget(session_id)
+            record = self._records.get(session_id)
+            is_meant = began is None or (record is not None and record.created_at == began)
+            return is_meant and self.forget(session_id)
 
     def forget(self, session_id: str) -> bool:
         """What ``delete`` does, for a caller who holds the lock."""
@@ -108,9 +112,15 @@ class MemoryHistory(HistoryLog):
         log = self._logs.get(session_id)
         return log.entries if log else []
 
-    def _log(self, session_id: str, *, ended: bool) -> _Log:
-        """The log of a session. Raises ``SessionNotFound`` if there is none, or it has *ended* and must not have."""
+    def _log(self, session_id: str, *, ended: bool, began: float | None = None) -> _Log:
+        """The log of a session.
+
+        Raises ``SessionNotFound`` if there is none, not the one that *began* then, or it has *ended* and must not have.
+        """
         record = self._records.get(session_id)
-        if record is None or (record.ended_at is not None and not ended):
-            raise no_session(session_id, ended=record is not None)
+        if record is None:
+            raise no_session(session_id)
+        check_began(session_id, record.created_at, began)
+        if record.ended_at is not None and not ended:
+            raise no_session(session_id, ended=True)
         return self._logs.setdefault(session_id, _Log())

@@ -199,9 +199,12 @@ class _MigratingHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         self._move(session_id)
-        return self._log.append(session_id, entries, created_at=created_at, expected_seq=expected_seq, key=key, most=most)
+        return self._log.append(
+            session_id, entries, created_at=created_at, expected_seq=expected_seq, key=key, most=most, began=began
+        )
 
     def read(
         self,
@@ -219,11 +222,11 @@ class _MigratingHistory(HistoryLog):
         self._move(session_id)
         return self._log.count(session_id)
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         self._move(session_id)
         with suppress(UnsupportedByStore):
-            self._stores.old.history.delete(session_id)  # what a crash left behind
-        return self._log.delete(session_id)
+            self._stores.old.history.delete(session_id, began=began)  # what a crash left behind
+        return self._log.delete(session_id, began=began)
 
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
         self._move(session_id)

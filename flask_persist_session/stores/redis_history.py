@@ -9,6 +9,7 @@ of the session, and live as long as its key does: what makes that live longer ma
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,7 @@ from .history import (
     REMEMBERED,
     RESTORED_AT_ONCE,
     HistoryLog,
+    another_session,
     behind,
     check_entries,
     check_restored,
@@ -38,14 +40,20 @@ PROLONG = """
 """
 
 # What scripts share whose first key is that of a session. An entry is never removed but with all others, so there are as
-# many as the number of the last one says. Whether a session has ended, its facts tell in their 21st byte.
-_LOG = """
+# many as the number of the last one says. Whether a session has ended, its facts tell in their 21st byte, and when it was
+# created in the eight from the 9th on.
+_FACTS = """
 local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
-local log, keys = shard .. ':h:' .. id, shard .. ':hk:' .. id
 local facts = redis.call('HGET', KEYS[1], 'facts')
 if not facts and redis.call('EXISTS', KEYS[1]) == 1 then
   return redis.error_reply('the hash of the session is not complete')
 end
+local function began(moment)
+  return moment == '' or struct.unpack('<d', facts, 9) == struct.unpack('<d', moment)
+end
+"""
+_LOG = f"""{_FACTS}
+local log, keys = shard .. ':h:' .. id, shard .. ':hk:' .. id
 local last = redis.call('XLEN', log)
 local function live_as_long(key)
   local session, own = redis.call('PTTL', KEYS[1]), redis.call('PTTL', key)
@@ -60,16 +68,19 @@ local function add(seq, created_at, data)
 end
 """
 
-# KEYS: session. ARGV: time, expected number, most, digest of the key, all but the first perhaps empty; entries. Answers
-# what came of it and the last number.
+# KEYS: session. ARGV: time, expected number, most, digest of the key, when the session began, all but the first perhaps
+# empty; entries. Answers what came of it and the last number.
 _APPEND = f"""{_LOG}
 if not facts then
   return {{'missing', 0}}
 end
+if not began(ARGV[5]) then
+  return {{'another', 0}}
+end
 if facts:byte(21) == 1 then
   return {{'ended', 0}}
 end
-local digest, count = ARGV[4], #ARGV - 4
+local digest, count = ARGV[4], #ARGV - 5
 local known = digest ~= '' and redis.call('ZSCORE', keys, digest)
 if known then
   return {{'stored', tonumber(known)}}
@@ -81,7 +92,7 @@ if count == 0 then
   return {{'stored', last}}
 end
 for number = 1, count do
-  add(last + number, ARGV[1], ARGV[4 + number])
+  add(last + number, ARGV[1], ARGV[5 + number])
 end
 live_as_long(log)
 if digest ~= '' then
@@ -122,8 +133,18 @@ local there = redis.call('EXISTS', shard .. ':h:' .. id)
 return there
 """
 
+# KEYS: session. ARGV: when it began. Answers the same; nothing is removed of another one.
+_REMOVE_OF = f"""{_FACTS}
+if not facts or not began(ARGV[1]) then
+  return 0
+end
+local there = redis.call('EXISTS', shard .. ':h:' .. id)
+{REMOVE}
+return there
+"""
 
-SCRIPTS = (_APPEND, _RESTORE, _REMOVE)
+
+SCRIPTS = (_APPEND, _RESTORE, _REMOVE, _REMOVE_OF)
 
 
 class RedisHistory(HistoryLog):
@@ -148,7 +169,7 @@ class RedisHistory(HistoryLog):
         self._run = run
         self._errors = errors
         self._key_of = key_of
-        self._append, self._restore, self._remove = scripts
+        self._append, self._restore, self._remove, self._remove_of = scripts
 
     def append(
         self,
@@ -159,17 +180,20 @@ class RedisHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         digest = digest_of(key)
         check_entries(entries, created_at)
         if not is_session_id(session_id):
             raise no_session(session_id)
-        given = ("" if option is None else option for option in (expected_seq, most, digest))
+        given = ("" if option is None else option for option in (expected_seq, most, digest, _packed(began)))
         with self._errors():
             arguments = (1, self._key_of(session_id), repr(float(created_at)), *given, *entries)
             outcome, last = self._run(self._append, arguments)
         if outcome in (b"missing", b"ended"):
             raise no_session(session_id, ended=outcome == b"ended")
+        if outcome == b"another":
+            raise another_session(session_id)
         if outcome == b"refused":
             check_room(session_id, last, len(entries), expected_seq, most)
         return int(last)
@@ -200,11 +224,13 @@ class RedisHistory(HistoryLog):
         with self._errors():
             return int(self._client().xlen(self._log(session_id)))
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         if not is_session_id(session_id):
             return False
         with self._errors():
-            return bool(self._run(self._remove, (1, self._key_of(session_id))))
+            if began is None:
+                return bool(self._run(self._remove, (1, self._key_of(session_id))))
+            return bool(self._run(self._remove_of, (1, self._key_of(session_id), _packed(began))))
 
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
         check_restored(entries)
@@ -228,6 +254,11 @@ class RedisHistory(HistoryLog):
     def _log(self, session_id: str) -> str:
         shard, _, _ = self._key_of(session_id).rpartition(":s:")
         return f"{shard}:h:{session_id}"
+
+
+def _packed(moment: float | None) -> bytes | None:
+    """*moment* as the facts of a session have it."""
+    return None if moment is None else struct.pack("<d", moment)
 
 
 def _entry(session_id: str, name: bytes, fields: dict[bytes, bytes]) -> LogEntry:

@@ -18,6 +18,7 @@ from .history import (
     RESTORED_AT_ONCE,
     HistoryLog,
     behind,
+    check_began,
     check_entries,
     check_restored,
     check_room,
@@ -49,7 +50,7 @@ _TABLES_OF_POSTGRESQL = (
 _STATEMENTS = {
     # In SQLite the transaction has the only write lock there is. Where it is a lock on the row, what follows must be a
     # statement of its own, to see what was committed while this one waited.
-    "session": 'SELECT ended_at FROM "{sessions}" WHERE id = ?{locked}',
+    "session": 'SELECT created_at, ended_at FROM "{sessions}" WHERE id = ?{locked}',
     "last": 'SELECT MAX(seq) FROM "{table}" WHERE session_id = ?',
     "known": 'SELECT seq FROM "{table}" WHERE session_id = ? AND "key" = ?',
     "insert": 'INSERT INTO "{table}" (session_id, seq, created_at, "key", data) VALUES (?, ?, ?, ?, ?)',
@@ -111,10 +112,11 @@ class SQLHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         digest = digest_of(key)
         check_entries(entries, created_at)
-        with self._changing(session_id, ended=False) as run:
+        with self._changing(session_id, ended=False, began=began) as run:
             if digest is not None and (known := run("known", session_id, digest).fetchone()):
                 return int(known[0])
             last = run("last", session_id).fetchone()[0] or 0
@@ -151,11 +153,14 @@ class SQLHistory(HistoryLog):
         rows = self._rows("last", session_id) if is_session_id(session_id) else []
         return rows[0][0] or 0 if rows else 0
 
-    def delete(self, session_id: str) -> bool:
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
         if not self.count(session_id):
             return False
         with self._transaction() as run:
-            run("session", session_id)  # locked: an append must not go on from a number that is just being removed
+            # Locked: an append must not go on from a number that is just being removed.
+            found = run("session", session_id).fetchone()
+            if began is not None and (found is None or found[0] != began):
+                return False
             return bool(run("delete", session_id).rowcount)
 
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
@@ -193,17 +198,21 @@ class SQLHistory(HistoryLog):
             return list(cursor.fetchall())
 
     @contextmanager
-    def _changing(self, session_id: str, *, ended: bool) -> Iterator[_Run]:
+    def _changing(self, session_id: str, *, ended: bool, began: float | None = None) -> Iterator[_Run]:
         """A transaction during which nobody else changes the session or its history.
 
-        Raises ``SessionNotFound`` if there is no session, or it has *ended* and must not have.
+        Raises ``SessionNotFound`` if there is no session, not the one that *began* then, or it has *ended* and must not
+        have.
         """
         if not is_session_id(session_id):
             raise no_session(session_id)
         with self._transaction() as run:
             found = run("session", session_id).fetchone()
-            if found is None or (found[0] is not None and not ended):
-                raise no_session(session_id, ended=found is not None)
+            if found is None:
+                raise no_session(session_id)
+            check_began(session_id, found[0], began)
+            if found[1] is not None and not ended:
+                raise no_session(session_id, ended=True)
             yield run
 
     @contextmanager

@@ -100,9 +100,12 @@ class _TenantHistory(HistoryLog):
         expected_seq: int | None = None,
         key: str | None = None,
         most: int | None = None,
+        began: float | None = None,
     ) -> int:
         self._check(session_id)
-        return self._log.append(session_id, entries, created_at=created_at, expected_seq=expected_seq, key=key, most=most)
+        return self._log.append(
+            session_id, entries, created_at=created_at, expected_seq=expected_seq, key=key, most=most, began=began
+        )
 
     def read(
         self, session_id: str, *, after: int = 0, before: int | None = None, limit: int | None = None, newest: bool = False
@@ -114,8 +117,8 @@ class _TenantHistory(HistoryLog):
     def count(self, session_id: str) -> int:
         return self._log.count(session_id) if self._is_own(session_id) else 0
 
-    def delete(self, session_id: str) -> bool:
-        return self._is_own(session_id) and self._log.delete(session_id)
+    def delete(self, session_id: str, *, began: float | None = None) -> bool:
+        return self._is_own(session_id) and self._log.delete(session_id, began=began)
 
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
         self._check(session_id)
