@@ -56,6 +56,7 @@ from .signals import (
 from .stored import StoredSession
 from .stores import open_store
 from .stores.base import SessionStore
+from .stores.cached import CachedStore
 from .stores.history import HistoryLog
 from .transaction import Transaction
 from .upgrade import ImportReport
@@ -66,6 +67,7 @@ __all__ = [
     "BackupCreated",
     "BackupError",
     "BackupReport",
+    "CachedStore",
     "Change",
     "CheckReport",
     "CleanupReport",

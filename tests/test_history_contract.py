@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
+from cachelib import FileSystemCache
 
-from flask_persist_session import SessionStore, open_store
+from flask_persist_session import CachedStore, SessionStore, open_store
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import HistoryLogContract
 
@@ -55,3 +57,13 @@ class TestMigrating(HistoryLogContract):
     @pytest.fixture(params=["sqlite-file", "redis-sqlite"])
     def open_store(self, request: pytest.FixtureRequest, new_url: NewURL) -> Opener:
         return partial(_open_both, *map(new_url, request.param.split("-")))
+
+
+def _open_cached(url: str, folder: str) -> SessionStore:
+    return CachedStore(open_store(url), FileSystemCache(folder, threshold=0))
+
+
+class TestCached(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL, tmp_path: Path) -> Opener:
+        return partial(_open_cached, new_url("sqlite"), str(tmp_path / "cache"))

@@ -147,7 +147,7 @@ DRIVERS = {
     "peewee": {"stores.sql", "stores.databases", "stores.sql_upkeep", "origins"},
     "redis": {"stores.redis", "origins"},
     "pymemcache": {"origins"},
-    "cachelib": {"stores.cachelib"},
+    "cachelib": {"stores.cachelib", "stores.cached"},
     "ormsgpack": {"serializers"},
     "cryptography": {"envelope"},
     "zstandard": {"envelope"},
@@ -211,7 +211,7 @@ def test_every_module_has_a_layer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", _modules(), ids=_name)
 def test_a_driver_is_imported_only_in_the_module_of_its_store(path: Path) -> None:
-    """peewee, redis and cachelib are known to one module each."""
+    """peewee, redis and cachelib are known to the modules of their stores alone."""
     tops = {name.split(".")[0] for name in _imports(path)}
     assert {driver for driver in tops & DRIVERS.keys() if _name(path) not in DRIVERS[driver]} == set()
 
@@ -221,7 +221,9 @@ def test_no_store_imports_flask_or_another_store(path: Path) -> None:
     """A store knows the contract, and neither Flask nor its siblings."""
     names = set(_imports(path))
     assert not {name for name in names if name.split(".")[0] in ("flask", "werkzeug", "click")}
-    others = {f"flask_persist_session.stores.{module}" for module in ("memory", "file", "sql", "redis", "cachelib")}
+    others = {
+        f"flask_persist_session.stores.{module}" for module in ("memory", "file", "sql", "redis", "cachelib", "cached")
+    }
     allowed = {"flask_persist_session.stores.cachelib"} if path.name == "__init__.py" else set()
     assert names & others <= allowed
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cachelib import FileSystemCache, RedisCache, SimpleCache
 
-from flask_persist_session import SessionRecord, SessionStore, open_store
+from flask_persist_session import CachedStore, SessionRecord, SessionStore, open_store
 from flask_persist_session.stores import base
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import SessionStoreContract
@@ -117,6 +117,53 @@ class TestMigratingBackAndForth(SessionStoreContract):
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:
         return partial(_open_moving_back, new_url("file"), new_url("sqlite"))
+
+
+def _open_cached(url: str, make_cache: Callable[[], Any]) -> SessionStore:
+    """A store and its cache, both made in the process that uses them."""
+    return CachedStore(open_store(url), make_cache())
+
+
+class TestCachedInOneProcess(SessionStoreContract):
+    shared = False
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(_open_cached, new_url("sqlite"), partial(SimpleCache, threshold=1_000_000))
+
+
+class TestCachedInFiles(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL, tmp_path: Path) -> Opener:
+        return partial(_open_cached, new_url("sqlite"), partial(FileSystemCache, str(tmp_path / "cache"), threshold=0))
+
+
+class TestCachedInRedis(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL, redis_server: RedisServer) -> Opener:
+        prefix = f"cache{next(_numbers)}:"
+        make_cache = partial(RedisCache, "127.0.0.1", redis_server.port, key_prefix=prefix)
+        return partial(_open_cached, new_url("sqlite"), make_cache)
+
+
+class _Forgetful(SimpleCache):
+    """Evicts at once what closes a session, so that nearly every get is answered by a copy."""
+
+    def set(self, key: str, value: Any, timeout: Any = None) -> bool | None:
+        stored = super().set(key, value, timeout)
+        if value == b"closed":
+            self.delete(key)
+        return stored
+
+
+class TestCachedInForgetfulCache(SessionStoreContract):
+    shared = False
+    # What closes all sessions of a transaction together is evicted here.
+    test_readers_of_a_transaction = None
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(_open_cached, new_url("sqlite"), partial(_Forgetful, threshold=1_000_000))
 
 
 # The store in the docstring of the contract ---------------------------------------------------------------------------

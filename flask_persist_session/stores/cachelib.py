@@ -8,7 +8,6 @@ the two, and a save that overlaps a sign-out can undo it. For sessions of severa
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnava
 from ..records import Change, Deletion, SessionRecord, is_session_id
 from ..serializers import pack_record, unpack_record
 from .base import SessionStore, after_fork, cannot_list, check_namespace, check_save, conflict, that_of
+from .cache_errors import driver_errors
 from .history import HistoryLog
 
 log = logging.getLogger("flask_persist_session")
@@ -29,20 +29,6 @@ _MARGIN = 86400
 #: Caches keep times in 32 bits; ten years from now still fit.
 _LONGEST = 10 * 365 * 86400
 _LOCKS = 64
-#: What the drivers of cachelib's caches raise; looked up among the modules that are loaded anyway.
-_DRIVER_ERRORS = (
-    ("redis", "RedisError"),
-    ("pymongo.errors", "PyMongoError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("pylibmc", "Error"),
-    ("pymemcache.exceptions", "MemcacheError"),
-)
-
-
-def _driver_errors() -> tuple[type[Exception], ...]:
-    loaded = ((sys.modules.get(module), name) for module, name in _DRIVER_ERRORS)
-    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 class CachelibStore(SessionStore):
@@ -165,7 +151,7 @@ class CachelibStore(SessionStore):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except _driver_errors() as error:
+        except driver_errors() as error:
             raise StoreUnavailable(f"the {type(self._cache).__name__} failed: {error}") from error
 
     def _version(self, session_id: str) -> int | None:
