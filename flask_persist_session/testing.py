@@ -21,8 +21,8 @@ between processes. It needs a system with ``fork``.
 from __future__ import annotations
 
 import hashlib
-import math
 import json
+import math
 import multiprocessing
 import random
 import threading
