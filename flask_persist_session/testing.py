@@ -1798,7 +1798,7 @@ class HistoryLogContract(_Contract):
         assert log.count(record.id) == 11
 
     def test_append_to_the_next_session_of_an_id(self, store: SessionStore, log: HistoryLog, record: SessionRecord) -> None:
-        """Whoever means the session that was there before adds nothing, and removes nothing, of the one that is there now."""
+        """Whoever means the session that was there before adds nothing to the one there is now, and removes nothing."""
         store.delete(record.id)
         later = make_record(1, created_at=record.created_at + 1)
         store.save(later, expected=0)

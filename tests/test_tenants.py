@@ -198,6 +198,18 @@ def test_the_same_key_is_another_session_in_each_tenant(chats: SessionManager) -
     assert [chats.for_tenant("acme").get(session.id) is not None for session in made] == [True, False]
 
 
+def test_an_entry_that_comes_late_is_not_in_the_next_session_of_a_key(acme: SessionManager) -> None:
+    """A history that is told when its session began writes to no later one, through a tenant as well."""
+    first = acme.resume_or_create(key="k", user_id="ada")
+    acme.end(first.id)
+    later, log = acme.resume_or_create(key="k", user_id="ada"), acme.store.history
+    assert log.append(later.id, [b"new"], created_at=1.0, began=later.created_at) == 1
+    with pytest.raises(SessionNotFound):
+        log.append(first.id, [b"late"], created_at=1.0, began=first.created_at)
+    assert log.delete(first.id, began=first.created_at) is False
+    assert log.delete(later.id, began=later.created_at) is True
+
+
 def test_a_cap_counts_within_a_tenant(store: SessionStore, clock: Clock) -> None:
     """A user of the same id elsewhere takes nobody's place."""
     chats = SessionManager(store, namespace="chat", clock=clock, max_per_user=1)
