@@ -146,24 +146,40 @@ class TestCachedInRedis(SessionStoreContract):
         return partial(_open_cached, new_url("sqlite"), make_cache)
 
 
-class _Forgetful(SimpleCache):
+class _Forgetful:
     """Evicts at once what closes a session, so that nearly every get is answered by a copy."""
 
-    def set(self, key: str, value: Any, timeout: Any = None) -> bool | None:
-        stored = super().set(key, value, timeout)
+    def set(self, key: str, value: Any, *arguments: Any, **options: Any) -> Any:
+        stored = super().set(key, value, *arguments, **options)  # type: ignore[misc]
         if value == b"closed":
-            self.delete(key)
+            self.delete(key)  # type: ignore[attr-defined]
         return stored
 
 
-class TestCachedInForgetfulCache(SessionStoreContract):
+class _ForgetfulCache(_Forgetful, SimpleCache):
+    pass
+
+
+class _ForgetfulFiles(_Forgetful, FileSystemCache):
+    pass
+
+
+class TestCachedAndEvicted(SessionStoreContract):
     shared = False
     # What closes all sessions of a transaction together is evicted here.
     test_readers_of_a_transaction = None
 
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:
-        return partial(_open_cached, new_url("sqlite"), partial(_Forgetful, threshold=1_000_000))
+        return partial(_open_cached, new_url("sqlite"), partial(_ForgetfulCache, threshold=1_000_000))
+
+
+class TestCachedInFilesAndEvicted(SessionStoreContract):
+    test_readers_of_a_transaction = None
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL, tmp_path: Path) -> Opener:
+        return partial(_open_cached, new_url("sqlite"), partial(_ForgetfulFiles, str(tmp_path / "cache"), threshold=0))
 
 
 # The store in the docstring of the contract ---------------------------------------------------------------------------
