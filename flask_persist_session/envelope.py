@@ -199,6 +199,8 @@ class Envelope:
 
     def __init__(self, compress: str | None = None, keys: Sequence[str | bytes] = ()) -> None:
         self._compression = open_compression(compress) if compress else None
+        #: By their bits, each opened when it is first met: to look for a missing module takes longer than its work.
+        self._compressions = {one.bits: one for one in [self._compression] if one}
         ring = [_Key(key) for key in map(key_bytes, keys) if key is not None]
         self._current = ring[0] if ring else None
         self._keys = {key.id: key for key in ring}
@@ -219,7 +221,7 @@ class Envelope:
         if payload[0] & _ENCRYPTED:
             payload = self._decrypted(payload)
         bits = payload[0] & _COMPRESSED
-        return payload if not bits else bytes([payload[0] & ~bits]) + _decompress(bits, payload[1:])
+        return payload if not bits else bytes([payload[0] & ~bits]) + self._compression_of(bits).decompress(payload[1:])
 
     def _decrypted(self, payload: bytes) -> bytes:
         if len(payload) < 1 + _ID + _NONCE + _TAG:
@@ -233,10 +235,10 @@ class Envelope:
             )
         return key.decrypt(payload)
 
-
-def _decompress(bits: int, compressed: bytes) -> bytes:
-    try:
-        compression = open_compression("zlib" if bits == _Zlib.bits else "zstd")
-    except ConfigError as error:
-        raise SerializationError(f"the payload cannot be decompressed: {error}") from error
-    return compression.decompress(compressed)
+    def _compression_of(self, bits: int) -> Compression:
+        if bits not in self._compressions:
+            try:
+                self._compressions[bits] = open_compression("zlib" if bits == _Zlib.bits else "zstd")
+            except ConfigError as error:
+                raise SerializationError(f"the payload cannot be decompressed: {error}") from error
+        return self._compressions[bits]

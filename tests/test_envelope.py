@@ -1,0 +1,442 @@
+"""What is stored may be compressed and encrypted, and is read whatever the settings are by then."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sqlite3
+import sys
+import tarfile
+import zlib
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, session
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_persist_session import (
+    ConfigError,
+    PersistSession,
+    SerializationError,
+    SessionManager,
+    SessionQuery,
+    SessionStore,
+    SessionTooLarge,
+)
+from flask_persist_session import envelope as envelope_module
+from flask_persist_session.config import Config
+from flask_persist_session.envelope import LARGEST_COMPRESSED, SMALLEST_COMPRESSED, Envelope
+from flask_persist_session.serializers import SERIALIZERS, Codec
+from flask_persist_session.stores import open_store
+from tests.conftest import ALL_STORES, Clock
+from tests.counting import CountingStore
+
+MakeApp = Callable[..., Flask]
+
+
+def new_key() -> str:
+    return urlsafe_b64encode(os.urandom(32)).decode()
+
+
+KEY, OTHER = new_key(), new_key()
+LONG = {"secret": "the treasure is under the oak " * 100}
+ENVELOPES = [(compress, keys) for compress in (None, "zlib", "zstd") for keys in ((), (KEY,))]
+
+
+def codec(compress: str | None = None, keys: tuple[str, ...] = (), serializer: str = "msgpack") -> Codec:
+    return Codec(serializer, keys=lambda: ["a secret"], envelope=Envelope(compress, keys))
+
+
+def manager_on(store: SessionStore, clock: Clock, *envelope: Any, **options: Any) -> SessionManager:
+    return SessionManager(store, codec(*envelope), clock=clock, renew_interval=60.0, **options)
+
+
+# Reading back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("serializer", SERIALIZERS)
+@pytest.mark.parametrize(("compress", "keys"), ENVELOPES)
+@pytest.mark.parametrize("data", [{}, {"a": (1, {2})}, LONG], ids=["empty", "short", "long"])
+def test_every_form_comes_back(compress: str | None, keys: tuple[str, ...], serializer: str, data: dict[str, Any]) -> None:
+    """Whatever is compressed, encrypted and serialized how."""
+    given_form = codec(compress, keys, serializer)
+    assert given_form.decode(given_form.encode(data)) == data
+
+
+@pytest.mark.parametrize(("compress", "keys"), ENVELOPES)
+def test_every_form_is_read_with_other_settings(compress: str | None, keys: tuple[str, ...]) -> None:
+    """Turning compression off, or new forms on, loses nothing while the keys are there."""
+    payload = codec(compress, keys).encode(LONG)
+    assert [codec(other, (OTHER, KEY), "json").decode(payload) for other in (None, "zlib", "zstd")] == [LONG] * 3
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.text() | st.binary() | st.integers() | st.none(), st.lists)))
+def test_any_data_comes_back_compressed_and_encrypted(data: dict[str, Any]) -> None:
+    """Also what compression makes no shorter."""
+    for compress in None, "zlib", "zstd":
+        one = codec(compress, (KEY,))
+        payload = one.encode(data)
+        assert one.decode(payload) == data
+        assert one.unchanged(one.plain(data), payload)
+
+
+def test_without_settings_payloads_are_as_they_were() -> None:
+    """The leading byte and the encoded data, nothing else."""
+    assert codec().encode({"a": 1}) == codec().plain({"a": 1}) == b"\x01\x81\xa1a\x01"
+
+
+def test_an_envelope_of_a_newer_version_is_unknown() -> None:
+    """Bits without a meaning are a corrupt record and not guessed at."""
+    for first in (0x80, 0x81, 0x30, 0x31, 0x71, 0xFF):
+        with pytest.raises(SerializationError, match=f"0x{first:02x} is unknown"):
+            codec(None, (KEY,)).decode(bytes([first]) + b"\x80" * 60)
+
+
+# Compression ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_only_what_is_large_is_compressed(compress: str) -> None:
+    """A small payload would spare little and cost time."""
+    one = codec(compress)
+    small, large = {"a": "x" * (SMALLEST_COMPRESSED - 20)}, {"a": "x" * SMALLEST_COMPRESSED}
+    assert one.encode(small) == one.plain(small)
+    assert len(one.encode(large)) < 100
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_what_does_not_get_smaller_stays_as_it_is(compress: str) -> None:
+    """Random bytes, for example."""
+    one, data = codec(compress), {"a": os.urandom(2000)}
+    assert one.encode(data) == one.plain(data)
+
+
+def _compressed(compress: str, content: bytes) -> bytes:
+    compression = envelope_module.open_compression(compress)
+    return bytes([0x01 | compression.bits]) + compression.compress(content)
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
+    """A few bytes that would become a hundred million are refused."""
+    bomb = _compressed(compress, bytes(LARGEST_COMPRESSED + 1))
+    assert len(bomb) < 100_000
+    with pytest.raises(SerializationError, match="more than 67,108,864 bytes"):
+        codec().decode(bomb)
+
+
+def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record() -> None:
+    """So is a frame of zstd that says nothing of its size, or less than it takes."""
+    zstandard = importlib.import_module("zstandard")
+    silent = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10_000))
+    liar = bytearray(zstandard.ZstdCompressor().compress(bytes(10_000)))
+    at = liar.index((10_000 - 256).to_bytes(2, "little"))
+    liar[at : at + 2] = (100).to_bytes(2, "little")
+    for frame in silent, bytes(liar):
+        with pytest.raises(SerializationError, match="damaged"):
+            codec().decode(b"\x21" + frame)
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_a_damaged_compressed_payload_is_a_corrupt_record(compress: str) -> None:
+    """Cut off anywhere, followed by something, or no such thing at all."""
+    payload = _compressed(compress, codec().plain(LONG)[1:])
+    damaged = [payload[:end] for end in range(1, len(payload))] + [payload + b"x", payload[:1] + b"junk" * 9]
+    for one in damaged:
+        with pytest.raises(SerializationError):
+            codec().decode(one)
+
+
+def test_what_is_larger_than_can_be_read_is_not_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever raised ``PERSIST_SESSION_MAX_BYTES`` beyond that bound can read what was stored."""
+    monkeypatch.setattr(envelope_module, "LARGEST_COMPRESSED", 1000)
+    one = codec("zlib")
+    assert one.decode(one.encode(LONG)) == LONG
+
+
+def test_the_limit_counts_what_is_not_compressed(store: SessionStore, clock: Clock) -> None:
+    """``max_bytes`` is a limit for what a process has in memory, so compression makes no more room."""
+    manager = manager_on(store, clock, "zlib", (KEY,), max_bytes=1000)
+    with pytest.raises(SessionTooLarge):
+        manager.create(LONG)
+    assert manager.create({"a": "x" * 990}).data == {"a": "x" * 990}
+
+
+# Encryption -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_key_encrypts_and_all_decrypt() -> None:
+    """So a new key is put in front, and the old one goes when nothing is left that it has encrypted."""
+    before, rotating, after = codec(None, (KEY,)), codec(None, (OTHER, KEY)), codec(None, (OTHER,))
+    assert rotating.decode(before.encode(LONG)) == LONG
+    assert after.decode(rotating.encode(LONG)) == LONG
+
+
+@pytest.mark.parametrize("keys", [(), (OTHER,)])
+def test_a_missing_key_is_named_by_its_id(keys: tuple[str, ...]) -> None:
+    """Not by its value; without it the payload cannot be read."""
+    payload = codec(None, (KEY,)).encode(LONG)
+    with pytest.raises(SerializationError, match="is missing in PERSIST_SESSION_ENCRYPTION_KEYS") as raised:
+        codec(None, keys).decode(payload)
+    assert payload[1:9].hex() in str(raised.value)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("compress", [None, "zlib"])
+def test_a_change_of_any_byte_is_noticed(compress: str | None) -> None:
+    """The leading byte, the key's id, the nonce, text and tag; every bit of each."""
+    one = codec(compress, (KEY,))
+    payload = one.encode(LONG if compress else {"a": 1})
+    for place in range(len(payload)):
+        for bit in range(8):
+            changed = bytearray(payload)
+            changed[place] ^= 1 << bit
+            with pytest.raises(SerializationError):
+                one.decode(bytes(changed))
+
+
+def test_an_encrypted_payload_that_is_cut_off_is_noticed() -> None:
+    """Wherever it ends."""
+    one = codec(None, (KEY,))
+    payload = one.encode({"a": 1})
+    for end in range(len(payload)):
+        with pytest.raises(SerializationError):
+            one.decode(payload[:end])
+
+
+def test_the_same_data_is_never_encrypted_alike() -> None:
+    """Nobody sees in the store that two sessions hold the same."""
+    one = codec(None, (KEY,))
+    assert len({one.encode(LONG) for _ in range(100)}) == 100
+
+
+def test_a_payload_in_place_of_another_is_read(store: SessionStore, clock: Clock) -> None:
+    """Encryption hides what is stored; who can write to the store can exchange sessions, as the page on security says."""
+    manager = manager_on(store, clock, None, (KEY,))
+    ada, bob = manager.create({"name": "Ada"}), manager.create({"name": "Bob"})
+    manager._write(bob.record, ada.record.data)
+    assert manager.existing(bob.id).data == {"name": "Ada"}
+
+
+def test_a_bare_payload_is_read_with_keys_set(store: SessionStore, clock: Clock) -> None:
+    """Sessions from before the keys were set go on, and are encrypted with their next change."""
+    created = manager_on(store, clock).create({"a": 1})
+    manager = manager_on(store, clock, None, (KEY,))
+    found = manager.existing(created.id)
+    found.data["b"] = 2
+    manager.save(found)
+    assert manager.existing(created.id).data == {"a": 1, "b": 2}
+    assert manager.existing(created.id).record.data[0] == 0x41
+
+
+# In a store -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("serializer", SERIALIZERS)
+@pytest.mark.parametrize(("compress", "keys"), ENVELOPES)
+def test_an_unchanged_session_costs_no_write(
+    clock: Clock, compress: str | None, keys: tuple[str, ...], serializer: str
+) -> None:
+    """Though each encryption makes other bytes: data is compared before it is sealed."""
+    store = CountingStore(open_store("memory://"))
+    manager = manager_on(store, clock, compress, keys, serializer)
+    created = manager.create(LONG)
+    store.operations.clear()
+    found = manager.existing(created.id)
+    assert manager.save(found) == "unchanged"
+    with manager.edit(created.id) as edited:
+        assert edited.data == LONG
+    assert manager.update_many(SessionQuery(), data=LONG) == 0
+    assert "save" not in store.operations
+    assert store.operations["save_many"] <= 1  # of nothing
+
+
+@pytest.mark.parametrize(("compress", "keys"), ENVELOPES)
+def test_a_request_costs_what_it_cost_without(make_app: MakeApp, compress: str | None, keys: tuple[str, ...]) -> None:
+    """One operation to read, two to change, none where the session is not touched."""
+    store = CountingStore(open_store("memory://"))
+    app = make_app(store, PERSIST_SESSION_COMPRESS=compress, PERSIST_SESSION_ENCRYPTION_KEYS=list(keys))
+    app.add_url_rule("/write/<text>", "write", lambda text: session.update(LONG, text=text) or "")
+    app.add_url_rule("/read", "read", lambda: session["text"])
+    app.add_url_rule("/neither", "neither", lambda: "")
+    client = app.test_client()
+    client.get("/write/a")
+    costs = []
+    for path in "/read", "/write/a", "/write/b", "/neither":
+        store.operations.clear()
+        assert client.get(path).status_code == 200
+        costs.append(dict(store.operations))
+    assert costs == [{"get": 1}, {"get": 1}, {"get": 1, "save": 1}, {}]
+
+
+def test_renewing_leaves_the_payload_as_it_is(store: SessionStore, clock: Clock) -> None:
+    """Nothing is encrypted again that did not change."""
+    manager = manager_on(store, clock, "zlib", (KEY,))
+    created = manager.create(LONG)
+    clock.advance(100)
+    assert manager.save(manager.existing(created.id), renew=True) == "saved"
+    assert manager.existing(created.id).record.data == created.record.data
+
+
+def test_parallel_changes_of_an_encrypted_session_are_merged(store: SessionStore, clock: Clock) -> None:
+    """Key by key, as without encryption."""
+    manager = manager_on(store, clock, "zlib", (KEY,))
+    created = manager.create(LONG)
+    one, other = manager.existing(created.id), manager.existing(created.id)
+    one.data["one"], other.data["other"] = 1, 2
+    assert (manager.save(one), manager.save(other)) == ("saved", "saved")
+    assert manager.existing(created.id).data == {**LONG, "one": 1, "other": 2}
+
+
+def test_changing_the_settings_keeps_every_session(store: SessionStore, clock: Clock) -> None:
+    """Each form after each other, in every store, read and changed."""
+    created = manager_on(store, clock).create({"steps": 0, **LONG})
+    forms = [*ENVELOPES, *reversed(ENVELOPES)]
+    for step, (compress, keys) in enumerate(forms, start=1):
+        manager = manager_on(
+            store, clock, compress, (*keys, OTHER, KEY) if keys else (OTHER, KEY), ("json", "msgpack")[step % 2]
+        )
+        found = manager.existing(created.id)
+        assert found.data == {"steps": step - 1, **LONG}
+        found.data["steps"] = step
+        manager.save(found)
+
+
+def test_a_missing_key_costs_that_one_session(make_app: MakeApp, new_url: Callable[[str], str]) -> None:
+    """Its request goes on with a new session; with the key put back the old one is there again."""
+    url = new_url("sqlite")
+    made = make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[KEY]).extensions["persist_session"].manager.create({"a": 1})
+    without = make_app(url).extensions["persist_session"].manager
+    assert without.get(made.id) is None
+    again = make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER, KEY]).extensions["persist_session"].manager
+    assert again.existing(made.id).data == {"a": 1}
+
+
+def _bytes_of(url: str) -> bytes:
+    path = url.removeprefix("sqlite:///")
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("keys", [[], [KEY]])
+def test_neither_data_nor_history_is_in_the_file_of_the_store(
+    make_app: MakeApp, new_url: Callable[[str], str], keys: list[str]
+) -> None:
+    """With keys; without them both are, so this test can see them."""
+    url = new_url("sqlite")
+    app = make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=keys)
+    chats = PersistSession().namespace("chat", app=app)
+    chat = chats.create({"secret": "buried treasure"}, metadata={"title": "readable"})
+    chats.history(chat.id).append({"role": "user", "content": "under the oak"})
+    content = _bytes_of(url)
+    assert [text in content for text in (b"buried treasure", b"under the oak")] == [not keys] * 2
+    assert b"readable" in content
+    assert [entry.content for entry in chats.history(chat.id).search("OAK")] == ["under the oak"]
+
+
+@pytest.mark.parametrize("target", ALL_STORES)
+def test_backups_hold_what_is_encrypted_and_restore_with_the_key(
+    make_app: MakeApp, new_url: Callable[[str], str], tmp_path: Path, target: str
+) -> None:
+    """Into another store of any kind, histories included."""
+    keys = {"PERSIST_SESSION_ENCRYPTION_KEYS": [KEY]}
+    sessions = PersistSession()
+    source = make_app(new_url("sqlite"), **keys)
+    chats = sessions.namespace("chat", app=source)
+    chat = chats.create({"secret": "buried treasure"})
+    chats.history(chat.id).append({"role": "user", "content": "under the oak"})
+    with source.app_context():
+        path = sessions.backup(str(tmp_path / "backup.tar.gz")).path
+    with tarfile.open(path) as archive:
+        content = b"".join(archive.extractfile(member).read() for member in archive)  # type: ignore[union-attr]
+    assert chats.existing(chat.id).record.data[0] == 0x41
+    assert not [text for text in (b"buried", b"under the oak", b"YnVyaWVk", KEY.encode()) if text in content]
+    restored = make_app(new_url(target), **keys)
+    there = sessions.namespace("chat", app=restored)
+    with restored.app_context():
+        sessions.restore(path)
+    assert there.existing(chat.id).data == {"secret": "buried treasure"}
+    assert [entry.content for entry in there.history(chat.id)] == ["under the oak"]
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def read(**settings: Any) -> Config:
+    return Config.from_mapping({f"PERSIST_SESSION_{name.upper()}": value for name, value in settings.items()})
+
+
+@pytest.mark.parametrize("wrong", ["gzip", "", True, 6, ["zlib"]])
+def test_an_unknown_compression_is_refused(wrong: object) -> None:
+    """The message says which there are."""
+    with pytest.raises(ConfigError, match=r"PERSIST_SESSION_COMPRESS is .* allowed is one of zlib, zstd, or None"):
+        read(compress=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "short", KEY[:-2], KEY + "A", "+" * 43, b"\xff" * 44, "é" * 43, None, 7, f" {KEY}"])
+def test_what_is_no_key_is_refused_and_not_repeated(wrong: Any) -> None:
+    """The message says which one it is and how to make one."""
+    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[1\] is no key.*secrets.token_urlsafe\(32\)") as raised:
+        read(encryption_keys=[OTHER, wrong])
+    assert not wrong or str(wrong) not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize("wrong", [KEY, KEY.encode(), {KEY: 1}, None])
+def test_a_single_key_in_place_of_a_list_is_refused(wrong: object) -> None:
+    """Each letter of it would be taken for a key; its value is not repeated."""
+    with pytest.raises(ConfigError, match="allowed is a list of keys") as raised:
+        read(encryption_keys=wrong)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", [KEY, KEY.encode(), KEY.rstrip("=")])
+def test_a_key_may_have_each_form_that_programs_make(form: str | bytes) -> None:
+    """That of ``secrets.token_urlsafe(32)``, and that of ``Fernet.generate_key()``, which are the same key."""
+    [key] = read(encryption_keys=[form]).encryption_keys
+    assert Codec(envelope=Envelope(None, [key])).decode(codec(None, (KEY,)).encode({"a": 1})) == {"a": 1}
+
+
+def test_no_key_is_shown() -> None:
+    """Neither in the settings' form for logs nor in the codec's."""
+    assert KEY not in repr(read(encryption_keys=[KEY])) + repr(vars(codec(None, (KEY,))))
+
+
+@pytest.mark.parametrize(
+    ("missing", "settings", "extra"),
+    [
+        (("zstandard", "compression.zstd"), {"compress": "zstd"}, "zstd"),
+        (("cryptography.hazmat.primitives.ciphers.aead",), {"encryption_keys": [KEY]}, "encryption"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], settings: dict[str, Any], extra: str
+) -> None:
+    """The error says which setting wants it and what to install."""
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf'PERSIST_SESSION_.*: .*pip install "Flask-Persist-Session\[{extra}\]"'):
+        read(**settings)
+
+
+def test_a_payload_of_zstd_without_zstd_is_a_corrupt_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to install; zlib is always there."""
+    by_zstd, by_zlib = codec("zstd").encode(LONG), codec("zlib").encode(LONG)
+    for name in "zstandard", "compression.zstd":
+        monkeypatch.setitem(sys.modules, name, None)
+    assert codec().decode(by_zlib) == LONG
+    with pytest.raises(SerializationError, match="cannot be decompressed: zstd is not installed"):
+        codec().decode(by_zstd)
+
+
+def test_zlib_is_that_of_everybody() -> None:
+    """What is compressed can be read by any program: the leading byte, then a zlib stream."""
+    payload = codec("zlib").encode(LONG)
+    assert payload[0] == 0x11
+    assert zlib.decompress(payload[1:]) == codec().plain(LONG)[1:]
