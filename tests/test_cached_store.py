@@ -522,7 +522,9 @@ def test_a_ttl_that_is_none(ttl: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [(MemoryStore(), NullCache()), (MemoryStore(), {}), ("memory://", SimpleCache())], ids=repr
+    "given",
+    [(MemoryStore(), NullCache()), (MemoryStore(), {}), ("memory://", SimpleCache())],
+    ids=["no cache", "a dict", "no store"],
 )
 def test_what_is_no_store_and_no_cache(given: Any) -> None:
     """What is no store or no cache is refused by its kind."""
