@@ -39,10 +39,6 @@ from tests.counting import CountingStore
 MakeApp = Callable[..., Flask]
 
 
-def new_key() -> str:
-    return urlsafe_b64encode(os.urandom(32)).decode()
-
-
 # The same in every run: they are part of the names of tests.
 KEY, OTHER = (urlsafe_b64encode(hashlib.sha256(name).digest()).decode() for name in (b"a key", b"another key"))
 LONG = {"secret": "the treasure is under the oak " * 100}
