@@ -211,12 +211,16 @@ class CachedStore(SessionStore):
         keys = [self._mark_key(session_id) for session_id in session_ids if is_session_id(session_id)]
         if not keys:
             return
-        with self._reaching(f"; what it has of {len(keys)} changed sessions may be read for up to {self._ttl} seconds"):
+        with self._reaching(f"; {self._danger}"):
             missed = set(keys).difference(self._cache.set_many(dict.fromkeys(keys, _CLOSED), seconds))
-            if missed:
-                # A full disk refuses what is new, and still removes what is old.
-                log.warning("the %s did not store %d entries, which are removed", type(self._cache).__name__, len(missed))
-                self._remove(missed)
+            # A full disk refuses what is new, and still removes what is old.
+            self._remove(missed)
+            if any(self._cache.has(key) for key in missed):
+                log.warning("the %s did not store that sessions were changed; %s", type(self._cache).__name__, self._danger)
+
+    @property
+    def _danger(self) -> str:
+        return f"what it has of the changed sessions may be read for up to {self._ttl} seconds"
 
     def _remove(self, keys: Collection[str]) -> None:
         for key in keys:
