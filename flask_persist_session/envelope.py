@@ -199,7 +199,7 @@ class Envelope:
 
     def __init__(self, compress: str | None = None, keys: Sequence[str | bytes] = ()) -> None:
         self._compression = open_compression(compress) if compress else None
-        #: By their bits, each opened when it is first met: looking for a module that is not there takes longer than its work.
+        #: By their bits, each opened when it is first met: to look for a module takes longer than its work.
         self._compressions = {one.bits: one for one in [self._compression] if one}
         ring = [_Key(key) for key in map(key_bytes, keys) if key is not None]
         self._current = ring[0] if ring else None
