@@ -163,7 +163,10 @@ class Creating(Lifecycle):
         if old is None:
             return new
         if self._lifetime.state(old) == "active":
-            raise in_use(new.id)
+            if self._is_readable(old):
+                raise in_use(new.id)
+            self.make_way(old)  # what cannot be read costs that one session, and not its key for good
+            return replace(new, version=old.version + 2, created_at=self._lifetime.beginning_after(old))
         if old.end_reason == RESTORING and self.clock() < (old.ended_at or 0.0) + _COPYING:
             # The entries that are on their way must not get into another dialogue.
             raise SessionConflict(f"session {new.id} is just being restored")
@@ -171,6 +174,13 @@ class Creating(Lifecycle):
             self._set_aside(old)
         self.store.delete(new.id, expected=old.version)
         return replace(new, version=old.version + 1, created_at=self._lifetime.beginning_after(old))
+
+    def _is_readable(self, record: SessionRecord) -> bool:
+        try:
+            self._codec.decode(record.data)
+        except SerializationError:
+            return False
+        return True
 
     def make_way(self, record: SessionRecord) -> None:
         """Free the id of an active session for another state of it, or another session.

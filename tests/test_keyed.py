@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 
 import pytest
@@ -287,6 +288,17 @@ def test_a_cap_does_not_end_the_next_session_of_a_key(
     monkeypatch.setattr(chats.store, "save", use_anew_and_save)
     chats.create(user_id="ada")
     assert chats.existing(first.id).data == {"new": True}
+
+
+def test_a_session_that_cannot_be_read_does_not_keep_its_key(chats: SessionManager) -> None:
+    """Its user goes on with a new one, and the old one is kept aside with what it has."""
+    first = chats.resume_or_create(key="k", user_id="ada")
+    damaged = replace(first.record, data=b"\xff", version=2)
+    chats.store.save(damaged, expected=1)
+    second = chats.resume_or_create(key="k", user_id="ada")
+    assert (second.new, second.data) == (True, {})
+    [old] = [record for record in chats.find(user_id="ada") if record.id != second.id]
+    assert (old.data, old.end_reason) == (b"\xff", "overwritten")
 
 
 def test_going_on_by_a_key_costs_one_operation(clock: Clock) -> None:
