@@ -54,6 +54,7 @@ from .file_transactions import SUFFIX, Files, FileTransaction, left_over, remove
 from .file_upkeep import FileCheck, compact
 from .frames import (
     NO_FILE,
+    Frame,
     end_of_version,
     failure,
     framed,
@@ -269,10 +270,9 @@ class FileStore(SessionStore):
             return NO_FILE
         path = self._path(session_id)
         try:
-            handle, size = self._lock(path, create=False)
+            handle, last = self._lock_last(path)
             removed = False
             try:
-                last = None if handle == NO_FILE else last_frame(handle, size)
                 if handle != NO_FILE and expected in (None, last and last.version):
                     remove(path, last, sync=False)
                     removed = True
@@ -298,6 +298,16 @@ class FileStore(SessionStore):
                 unlock(handle)
                 raise
             unlock(handle)
+
+    def _lock_last(self, path: str) -> tuple[int, Frame | None]:
+        """Lock the file of a session, if there is one; also returns its last frame, which was read once if it is plain."""
+        handle, size = lock(path, self._timeout, create=False)
+        last = None if handle == NO_FILE else last_frame(handle, size)
+        if last is None or not last.transaction:
+            return handle, last
+        unlock(handle)
+        handle, size = self._lock(path, create=False)
+        return handle, None if handle == NO_FILE else last_frame(handle, size)
 
     def _put(self, path: str, handle: int, end: int, record: SessionRecord, packed: bytes) -> None:
         """Write *record* behind *end*; the caller holds the lock. What fails leaves the file as it was."""

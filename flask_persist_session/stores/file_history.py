@@ -235,9 +235,11 @@ def _is_meant(session_id: str, handle: int, size: int, began: float | None) -> b
 
 def remove_history(path: str) -> None:
     """Remove the history of the session with the file *path*; the caller holds its lock."""
-    # In this order, so that a history is never met with the turns of an earlier one.
-    for suffix in (TURNS, HISTORY):
-        remove_if_there(path.removesuffix(_SESSION) + suffix)
+    history = path.removesuffix(_SESSION) + HISTORY
+    if os.access(history, os.F_OK):  # where there is none, there are no turns of it
+        # In this order, so that a history is never met with the turns of an earlier one.
+        for file in (path.removesuffix(_SESSION) + TURNS, history):
+            remove_if_there(file)
 
 
 # The files ------------------------------------------------------------------------------------------------------------
