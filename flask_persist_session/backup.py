@@ -6,9 +6,11 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from . import archive as backup_archive
@@ -237,10 +239,13 @@ def restore(
             contents = _verify(file, verified, _first(managers).clock())
             _check_namespaces(contents, managers)
             started(contents.records)
-            run = _Restore(strategy, dry_run, sign_out)
-            for namespace, batch in _batches(_sessions(_read_lines(file, contents))):
-                run.restore(managers[namespace], batch)
-                progress(len(batch))
+            with ThreadPoolExecutor(1, "session-restore") as writer:
+                run = _Restore(writer, strategy, dry_run, sign_out)
+                for namespace, batch in _batches(_sessions(_read_lines(file, contents))):
+                    if done := run.restore(managers[namespace], batch):
+                        progress(done)
+                if done := run.finish():
+                    progress(done)
             return run.report()
     except FileNotFoundError as error:
         raise BackupError(f"there is no archive {path}") from error
@@ -353,7 +358,9 @@ class _Dialogue:
 class _Restore:
     """Restores batches of lines and counts what becomes of them."""
 
-    def __init__(self, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
+    def __init__(self, writer: Executor, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
+        self._writer = writer
+        self._under_way: Callable[[], int] | None = None
         self._strategy = strategy
         self._dry_run = dry_run
         self._sign_out = sign_out
@@ -364,12 +371,36 @@ class _Restore:
     def report(self) -> RestoreReport:
         return RestoreReport(**self._counts, reasons=tuple(self._reasons), dry_run=self._dry_run)
 
-    def restore(self, manager: SessionManager, batch: list[_Archived]) -> None:
-        present = list(self._wanted(manager, batch))
-        if not (self._dry_run or batch[0].has_history):
-            saved = self._create(manager, [record for record, _ in present])
-            self._counts["restored"] += sum(saved)
-            present = [one for one, was_missing in zip(present, saved, strict=True) if not was_missing]
+    def restore(self, manager: SessionManager, batch: list[_Archived]) -> int:
+        """Restore a batch, while the caller reads the next one; returns of how many sessions nothing is left to do."""
+        wanted = list(self._wanted(manager, batch))
+        done = self.finish()
+        if self._dry_run or batch[0].has_history:
+            self._settle(manager, wanted)
+            return done + len(batch)
+        creating = self._writer.submit(self._create, manager, [record for record, _ in wanted])
+        self._under_way = partial(self._complete, manager, wanted, creating, len(batch))
+        return done
+
+    def finish(self) -> int:
+        """Do what is left of the last batch; returns how many sessions it has. Raises ``StoreError``."""
+        under_way, self._under_way = self._under_way, None
+        return under_way() if under_way else 0
+
+    def _complete(
+        self,
+        manager: SessionManager,
+        wanted: list[tuple[SessionRecord, _Dialogue]],
+        creating: Future[list[bool]],
+        size: int,
+    ) -> int:
+        saved = creating.result()
+        self._counts["restored"] += sum(saved)
+        self._settle(manager, [one for one, was_missing in zip(wanted, saved, strict=True) if not was_missing])
+        return size
+
+    def _settle(self, manager: SessionManager, present: list[tuple[SessionRecord, _Dialogue]]) -> None:
+        """Do with each what the strategy says of those that are there already, or have a history."""
         live = _live(manager, [record for record, _ in present])
         for record, dialogue in present:
             try:
