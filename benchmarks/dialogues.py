@@ -50,8 +50,9 @@ def dialogue(chats: SessionManager, size: int) -> History:
 
 
 def fill(history: History, size: int) -> None:
-    for _ in range(size // 2):
-        history.append(entry(), entry())
+    # One at a time, as they are appended while measuring: a file keeps a turn of several in one piece.
+    for _ in range(size):
+        history.append(entry())
 
 
 def compared(operation: Callable[[History], object], short: History, long: History, rounds: int) -> str:
