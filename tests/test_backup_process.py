@@ -193,7 +193,7 @@ def test_a_killed_restore_leaves_whole_sessions(
 ) -> None:
     """What is there after each kill is whole and of the archive, and a repeat brings the rest."""
     source = open_store("memory://")
-    wanted = {record.id: record for record in records(500)}  # more than one batch
+    wanted = {record.id: record for record in records(1500)}  # more than one batch
     save_all(source, list(wanted.values()))
     report = back_up({"web": manager_of(source)}, str(tmp_path), now=NOW)
     url = new_url(kind)

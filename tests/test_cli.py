@@ -796,7 +796,9 @@ def test_a_table_fits_the_terminal(shop: Path, columns: int) -> None:
     assert (status, len(rows), last) == (0, 5, "… and more; --limit 0 shows all")
     assert max(map(len, [head, *rows])) <= columns
     assert head.split()[:3] == ["ID", "STATE", "USER"]
-    assert [title for title in ("TENANT", "TAGS") if title in head] == ["TENANT", "TAGS"][: max(0, columns - 60) // 20]
+    titles = [title for title in ("TENANT", "TAGS") if title in head]
+    # With 80 it depends on how long ago the sessions were made: "now" takes less room than "10 seconds ago".
+    assert titles in ([[], ["TENANT"]] if columns == 80 else [["TENANT", "TAGS"][: max(0, columns - 60) // 20]])
     shown = rows[0].split()[0]
     assert len(shown) == (67 if columns == 200 else 12)
     assert in_terminal(shop, columns, "why", shown)[1].startswith(f"session {shown}")
