@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 from . import archive as backup_archive
 from . import monthly_archive
@@ -29,15 +28,17 @@ from .stores.history import HistoryLog
 from .version import __version__
 
 Managers: TypeAlias = Mapping[str, SessionManager]
+_T = TypeVar("_T")
 Strategy: TypeAlias = Literal["skip", "overwrite", "newer"]
 
 STRATEGIES = ("skip", "overwrite", "newer")
-#: How many records are restored at once. A store that has one lock for all is locked meanwhile, for some 10 ms.
+#: How many records are restored at once, and about how many bytes of lines. A store that has one lock for all is locked
+#: meanwhile, for some 10 ms.
 _BATCH = 600
-#: Seconds from one batch to the next at least, in which the lock is free. Whoever waits for it looks after 1, 3, 8, 18 and
-#: 33 ms, as SQLite does: many short gaps would be missed more often than one that is about as long as it waits between
-#: looks. SQLite empties its log before, which adds some milliseconds.
-_GAP = 0.012
+_BATCH_BYTES = 2 * 1024 * 1024
+#: Seconds that reading keeps the interpreter at most, and for which it then leaves it to whoever waits. By itself it would
+#: be taken away after 5 ms (``sys.getswitchinterval``), and the thread that writes waits for it after each answer.
+_TURN, _MOMENT = 0.0005, 0.0001
 _STEP = 1000
 _ATTEMPTS = 50
 _REASONS = 10
@@ -304,17 +305,29 @@ def _sessions(members: Iterator[tuple[str, list[bytes]]]) -> Iterator[_Archived]
 
 def _batches(sessions: Iterator[_Archived]) -> Iterator[tuple[str, list[_Archived]]]:
     """Sessions of one namespace: some without history, or one with."""
-    batch = list[_Archived]()
+    batch, size = list[_Archived](), 0
     for session in sessions:
-        if batch and (session.has_history or session.namespace != batch[0].namespace or len(batch) >= _BATCH):
+        is_full = len(batch) >= _BATCH or size + len(session.line) > _BATCH_BYTES
+        if batch and (is_full or session.has_history or session.namespace != batch[0].namespace):
             yield batch[0].namespace, batch
-            batch = []
+            batch, size = [], 0
         batch.append(session)
+        size += len(session.line)
         if session.has_history:
             yield session.namespace, batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch[0].namespace, batch
+
+
+def _in_turns(items: Iterable[_T]) -> Iterator[_T]:
+    """The same items; while they are looked at, other threads get their turn now and then."""
+    ends = time.perf_counter() + _TURN
+    for item in items:
+        yield item
+        if time.perf_counter() > ends:
+            time.sleep(_MOMENT)
+            ends = time.perf_counter() + _TURN
 
 
 class _Dialogue:
@@ -366,19 +379,18 @@ class _Restore:
         self._sign_out = sign_out
         self._counts: Counter[str] = Counter()
         self._reasons: list[str] = []
-        self._paused_at = -math.inf
 
     def report(self) -> RestoreReport:
         return RestoreReport(**self._counts, reasons=tuple(self._reasons), dry_run=self._dry_run)
 
     def restore(self, manager: SessionManager, batch: list[_Archived]) -> int:
         """Restore a batch, while the caller reads the next one; returns of how many sessions nothing is left to do."""
-        wanted = list(self._wanted(manager, batch))
+        wanted = list(self._wanted(manager, _in_turns(batch)))
         done = self.finish()
         if self._dry_run or batch[0].has_history:
             self._settle(manager, wanted)
             return done + len(batch)
-        creating = self._writer.submit(self._create, manager, [record for record, _ in wanted])
+        creating = self._writer.submit(manager.store.save_many, [Change(record=record, expected=0) for record, _ in wanted])
         self._under_way = partial(self._complete, manager, wanted, creating, len(batch))
         return done
 
@@ -408,14 +420,7 @@ class _Restore:
             except (SerializationError, SessionConflict, UnsupportedByStore) as error:
                 self._fail(record.id, error)
 
-    def _create(self, manager: SessionManager, records: list[SessionRecord]) -> list[bool]:
-        time.sleep(max(0.0, self._paused_at + _GAP - time.monotonic()))
-        try:
-            return manager.store.save_many([Change(record=record, expected=0) for record in records])
-        finally:
-            self._paused_at = time.monotonic()
-
-    def _wanted(self, manager: SessionManager, batch: list[_Archived]) -> Iterator[tuple[SessionRecord, _Dialogue]]:
+    def _wanted(self, manager: SessionManager, batch: Iterable[_Archived]) -> Iterator[tuple[SessionRecord, _Dialogue]]:
         """The records that are to be there again, with their histories."""
         for archived in batch:
             try:

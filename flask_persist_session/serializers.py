@@ -664,6 +664,8 @@ _NUMBERS = (float, int)
 #: Integers below are exact as floating point numbers too, as in a script of Redis.
 _MOST = 2**53
 _NO_TAGS: frozenset[str] = frozenset()
+# NaN and infinity are no JSON: other programs could not read what they are in.
+_metadata_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def dump_tags(tags: frozenset[str]) -> str:
@@ -686,8 +688,7 @@ def dump_metadata(metadata: Mapping[str, JSON]) -> str:
     if not metadata:
         return ""
     try:
-        # NaN and infinity are no JSON: other programs could not read what they are in.
-        return json.dumps(dict(metadata), separators=(",", ":"), allow_nan=False)
+        return _metadata_text(dict(metadata))
     except (TypeError, ValueError, RecursionError) as error:
         raise SerializationError(f"metadata must be JSON (str, int, float, bool, None, list, dict): {error}") from error
 

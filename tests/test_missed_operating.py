@@ -21,6 +21,7 @@ from flask import Flask
 from flask_persist_session import (
     BackupError,
     BackupReport,
+    Change,
     CheckReport,
     Finding,
     MonthlyArchive,
@@ -48,7 +49,7 @@ from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in
 from flask_persist_session.cleanup import NOTE
 from flask_persist_session.migrate import Migration, MigrationReport, move_rest
-from flask_persist_session.stores import file_upkeep, frames
+from flask_persist_session.stores import databases, file_upkeep, frames
 from flask_persist_session.stores.frames import name_of_user
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import following, make_record
@@ -324,19 +325,57 @@ def test_a_session_that_ends_just_before_it_is_replaced_stays_ended(manager: Ses
     assert found.end_reason == "revoked"
 
 
-def test_a_restore_pauses_between_batches(
+class Times:
+    """Times that pass as they are told, and the pauses that were made meanwhile."""
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def perf_counter(self) -> float:
+        self.now += self.step
+        return self.now
+
+    monotonic = perf_counter
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
+def test_many_changes_of_sqlite_pause_between_transactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pause requests get the lock, of which there is one for all."""
+    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(0.0)
+    monkeypatch.setattr(databases, "time", times)
+    for start in range(0, 300, 100):
+        assert all(store.save_many([Change(record=make_record(start + n), expected=0) for n in range(100)]))
+    store.close()
+    assert times.pauses == [0.0, databases._FREE_BETWEEN_MANY, databases._FREE_BETWEEN_MANY]
+
+
+def test_reading_a_backup_leaves_other_threads_their_turn(
     manager: SessionManager, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the pause requests get the lock of a store that has one lock for all."""
+    """Whoever waits for the interpreter, such as the thread that writes, gets it when the turn of reading is over."""
     for number in range(5):
         manager.create({"n": number})
-    path = save_archive(manager, tmp_path)
-    pauses: list[float] = []
-    monkeypatch.setattr(backup_module, "_BATCH", 2)
-    monkeypatch.setattr(backup_module.time, "monotonic", lambda: 0.0)
-    monkeypatch.setattr(backup_module.time, "sleep", pauses.append)
+    path, times = save_archive(manager, tmp_path), Times(backup_module._TURN * 0.6)
+    monkeypatch.setattr(backup_module, "time", times)
     assert load(new_manager(clock), path).restored == 5
-    assert pauses == [0.0, backup_module._GAP, backup_module._GAP]
+    assert times.pauses == [backup_module._MOMENT] * 2
+
+
+def test_a_restore_of_large_sessions_takes_few_at_once(
+    manager: SessionManager, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch has about so many bytes, and neither memory nor a lock is taken for more."""
+    for size in 10, 10, 2000, 5000, 10, 10:
+        manager.create({"n": "x" * size})
+    path = save_archive(manager, tmp_path)
+    monkeypatch.setattr(backup_module, "_BATCH_BYTES", 3000)
+    steps: list[int] = []
+    load(new_manager(clock), path, progress=steps.append)
+    assert steps == [2, 1, 1, 2]
 
 
 def test_a_restore_tells_its_progress(

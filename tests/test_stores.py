@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import resource
 import select
 import sqlite3
@@ -38,6 +39,7 @@ from flask_persist_session.serializers import pack_record
 from flask_persist_session.stores.base import add_up
 from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
+from flask_persist_session.tokens import SHARDS
 from tests.conftest import SHARED_STORES
 from tests.servers import RedisServer, free_port
 
@@ -652,6 +654,85 @@ def _written(client: redis.Redis, call: Callable[[], object]) -> list[str]:
         seen = itertools.takewhile(lambda command: command["command"] != "ECHO the end", commands)
         inside = [command["command"].split()[0].upper() for command in seen if command["client_type"] == "lua"]
     return [name for name in inside if name not in ("HMGET", "HGET")]
+
+
+def _scripts(client: redis.Redis, call: Callable[[], object]) -> list[list[str]]:
+    """The sessions of each script that *call* runs, as the server sees them."""
+    with client.monitor() as monitor:
+        client.ping()
+        call()
+        client.echo("the end")
+        commands = (command["command"] for command in iter(monitor.next_command, None))
+        seen = itertools.takewhile(lambda command: command != "ECHO the end", commands)
+        return [re.findall(r":s:([0-9a-f]{67})", command) for command in seen if command.startswith("EVAL")]
+
+
+def test_redis_saves_many_of_a_shard_with_few_scripts(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Sessions of a shard that follow each other are created, saved and deleted a hundred by a script."""
+    records = [make_record(number) for number in range(250)]
+    steps: list[Callable[[], object]] = [
+        partial(redis_store.save_many, [Change(record=record, expected=0) for record in records]),
+        partial(redis_store.save_many, [Change(record=following(record), expected=1) for record in records]),
+        partial(redis_store.delete_many, [Deletion(id=record.id, expected=2) for record in records]),
+    ]
+    for step, left in zip(steps, (250, 250, 0), strict=True):
+        assert [len(ids) for ids in _scripts(client, step)] == [100, 100, 50]
+        assert redis_store.count(SessionQuery()) == left
+    assert _keys(client) == []
+
+
+def test_redis_script_stays_within_a_shard(client: redis.Redis, redis_store: SessionStore) -> None:
+    """What a script saves is on one server of a cluster, and each session gets its own outcome, in the order given."""
+    records = [make_record(number, user_id=None) for number in (1, 1 + SHARDS, 2, 1, 3, 3 + SHARDS, 2)]
+    outcomes: list[bool] = []
+    scripts = _scripts(
+        client, lambda: outcomes.extend(redis_store.save_many([Change(record=record, expected=0) for record in records]))
+    )
+    assert [[session_id[:3] for session_id in ids] for ids in scripts] == [
+        ["001"] * 2,
+        ["002"],
+        ["001"],
+        ["003"] * 2,
+        ["002"],
+    ]
+    assert outcomes == [True, True, True, False, True, True, False]
+
+
+def test_redis_script_of_large_sessions(client: redis.Redis, redis_store: SessionStore) -> None:
+    """A script is given some 256 kB at once, so that the server is not held up for long, or one session that is larger."""
+    records = [make_record(number, data=bytes(size * 1024)) for number, size in enumerate((100, 100, 100, 300, 1, 1))]
+    step = partial(redis_store.save_many, [Change(record=record, expected=0) for record in records])
+    assert [len(ids) for ids in _scripts(client, step)] == [2, 1, 1, 2]
+    assert redis_store.count(SessionQuery()) == 6
+
+
+def test_redis_index_lives_as_long_as_the_longest_of_many(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Of sessions that are saved by one script, the one that lives longest decides how long their indexes do."""
+    lifetimes = (100, 5000, 20, 300)
+    records = [make_record(n, expires_at=make_record().accessed_at + lifetime) for n, lifetime in enumerate(lifetimes)]
+    redis_store.save_many([Change(record=record, expected=0) for record in records])
+    shared = [key for key in _keys(client) if ":s:" not in key]
+    assert len(shared) == 3
+    for key in shared:
+        assert 4900 < client.ttl(key) - redis_store.margin <= 5000
+    redis_store.save_many(
+        [Change(record=following(record, expires_at=record.accessed_at + 1), expected=1) for record in records]
+    )
+    assert all(client.ttl(key) - redis_store.margin > 4900 for key in shared)
+
+
+def test_redis_damaged_index_concerns_its_own_sessions(client: redis.Redis, redis_store: SessionStore) -> None:
+    """One session that cannot be deleted does not keep those that are deleted by the same script."""
+    records = [make_record(number, user_id=None) for number in range(0, 3 * SHARDS, SHARDS)]
+    damaged = make_record(1, user_id="user 186")
+    assert damaged.id[:3] == records[0].id[:3]
+    every = [records[0], damaged, *records[1:]]
+    redis_store.save_many([Change(record=record, expected=0) for record in every])
+    [index] = client.scan_iter("*:u:user 186", count=1000)
+    client.set(index, b"foreign")
+    with pytest.raises(StoreError):
+        redis_store.delete_many([Deletion(id=record.id) for record in every])
+    assert [redis_store.get(record.id) is None for record in every] == [True, False, True, True]
 
 
 def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> None:

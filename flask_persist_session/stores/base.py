@@ -336,8 +336,12 @@ def check_save(record: SessionRecord, expected: int) -> None:
         raise ValueError(f"{record.id!r} is not a session id (67 lower-case hex digits)")
     if record.version != expected + 1 and (expected or record.version < 1):
         raise ValueError(f"a record saved over version {expected} must be version {expected + 1}, not {record.version}")
-    times = (record.created_at, record.accessed_at, record.expires_at, record.ended_at or 0.0)
-    if not all(FIRST_MOMENT <= time < LAST_MOMENT for time in times):
+    if not (
+        FIRST_MOMENT <= record.created_at < LAST_MOMENT
+        and FIRST_MOMENT <= record.accessed_at < LAST_MOMENT
+        and FIRST_MOMENT <= record.expires_at < LAST_MOMENT
+        and (record.ended_at is None or FIRST_MOMENT <= record.ended_at < LAST_MOMENT)
+    ):
         raise ValueError(f"a time of session {record.id} is no moment up to the year 9000, in seconds since the epoch")
     _check_name("user_id", record.user_id)
     _check_name("tenant_id", record.tenant_id)

@@ -25,8 +25,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
-from typing import Any
+from itertools import chain, compress, groupby, islice
+from operator import attrgetter
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlunsplit
 
 import redis
@@ -71,6 +72,12 @@ _PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "T
 #: page of a user's sessions.
 _DISTANCES = {"created_at": 29, "accessed_at": 20, "expires_at": 11}
 _JUDGED_BY_SERVER = ("user_id", "tenant_id", "state", "order_by", "limit", "offset", "after")
+#: How many sessions a script saves or deletes at most, without a pause, with how many bytes of data.
+_STEPS_AT_ONCE = 100
+_BYTES_AT_ONCE = 256 * 1024
+#: How many are sent before the answers are read, and how many bytes.
+_STEPS_SENT = 600
+_BYTES_SENT = 4 * 1024 * 1024
 #: How a cluster, or its client, says that the keys of a script are not on one server.
 _OTHER_SLOTS = ("CROSSSLOT", "same key slot", "same slot")
 #: How many shards are asked for their ids at once, at most, and so many ids that they should not give many more.
@@ -254,42 +261,31 @@ class RedisStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        return self._run_many(
-            [(_SAVE if change.expected else _CREATE, self._save_arguments(change.record)) for change in changes]
-        )
+        return self._run_each([self._step(change) for change in changes])
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
-        known = [deletion for deletion in deletions if is_session_id(deletion.id)]
-        removed = self._run_many([(_DELETE, self._delete_arguments(item.id, item.expected)) for item in known])
-        outcomes = iter(removed)
-        return [is_session_id(deletion.id) and next(outcomes) for deletion in deletions]
+        known = [is_session_id(deletion.id) for deletion in deletions]
+        removed = iter(self._run_each([self._step(deletion) for deletion in compress(deletions, known)]))
+        return [is_known and next(removed) for is_known in known]
 
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
-        keys, arguments = [], []
+        steps = []
         for change in changes:
-            if isinstance(change, Change):
-                _, key, *given = self._save_arguments(change.record)
-                given = ["save" if change.expected else "create", *given]
-            elif is_session_id(change.id):
-                _, key, *given = self._delete_arguments(change.id, change.expected)
-                given = ["delete", *given, "", "", ""]
-            elif change.expected is None:
-                continue
-            else:
+            if isinstance(change, Change) or is_session_id(change.id):
+                steps.append(self._step(change))
+            elif change.expected is not None:
                 raise conflict(change.id, change.expected)
-            keys.append(key)
-            arguments += given
-        at = self._transact(keys, arguments) if keys else 0
+        at = self._transact(steps) if steps else 0
         if at:
-            session_id = keys[at - 1].rpartition(":")[2]
+            session_id = steps[at - 1].key.rpartition(":")[2]
             raise next(conflict(change.id, change.expected) for change in changes if change.id == session_id)
 
-    def _transact(self, keys: list[str], arguments: list[Any]) -> int:
-        """Run the transaction; returns which of the keys, counted from 1, is in conflict, 0 if none is."""
+    def _transact(self, steps: Sequence[_Step]) -> int:
+        """Run the transaction; returns which of the steps, counted from 1, is in conflict, 0 if none is."""
         with self._errors():
             try:
-                return int(self._run(_TRANSACTION, (len(keys), *keys, *arguments)))
+                return int(self._run(_TRANSACTION, _together(steps)))
             except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
                 if any(reason in str(error) for reason in _OTHER_SLOTS):
                     raise UnsupportedByStore(
@@ -355,6 +351,13 @@ class RedisStore(SessionStore):
 
     def _delete_arguments(self, session_id: str, expected: int | None) -> tuple[Any, ...]:
         return 1, self._key(session_id), "" if expected is None else expected
+
+    def _step(self, change: Change | Deletion) -> _Step:
+        if isinstance(change, Deletion):
+            _, key, *given = self._delete_arguments(change.id, change.expected)
+            return _Step(change.id[:3], key, ("delete", *given, "", "", ""), 0)
+        _, key, *given = self._save_arguments(change.record)
+        return _Step(change.id[:3], key, ("save" if change.expected else "create", *given), len(change.record.data))
 
     # Listing ----------------------------------------------------------------------------------------------------------
 
@@ -459,19 +462,29 @@ class RedisStore(SessionStore):
         except redis.exceptions.NoScriptError:
             return self._client.execute_command("EVAL", script.text, *arguments)
 
-    def _run_many(self, calls: list[tuple[_Script, tuple[Any, ...]]]) -> list[bool]:
+    def _run_each(self, steps: Sequence[_Step]) -> list[bool]:
         outcomes: list[bool] = []
-        for start in range(0, len(calls), _PAGE):
-            part = calls[start : start + _PAGE]
+        for part in _parts(steps, _STEPS_SENT, _BYTES_SENT):
+            calls = [_call(together) for together in _at_once(part)]
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
-                for number, (script, arguments) in enumerate(part):
+                sent = set[_Script]()
+                for script, arguments in calls:
                     # The text comes once, for the server keeps it: it is as long as most records.
-                    known = number and script is part[number - 1][0]
-                    name, source = ("EVALSHA", script.sha) if known else ("EVAL", script.text)
+                    name, source = ("EVALSHA", script.sha) if script in sent else ("EVAL", script.text)
+                    sent.add(script)
                     pipeline.execute_command(name, source, *arguments)
                 answers = pipeline.execute(raise_on_error=False)
-                outcomes += [bool(self._settled(*call, answer)) for call, answer in zip(part, answers, strict=True)]
+                for call, answer in zip(calls, answers, strict=True):
+                    outcomes += self._outcomes(self._settled(*call, answer))
         return outcomes
+
+    def _outcomes(self, answer: Any) -> list[bool]:
+        """What a script says of each step, or the one script of one step. Raises what is wrong with any."""
+        answers = answer if isinstance(answer, list) else [answer]
+        for problem in answers:
+            if isinstance(problem, redis.RedisError):
+                raise problem
+        return [bool(done) for done in answers]
 
     def _settled(self, script: _Script, arguments: tuple[Any, ...], answer: Any) -> Any:
         """The answer to one of many calls, once more if the server, or another node of a cluster, had lost the script."""
@@ -551,6 +564,49 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+class _Step(NamedTuple):
+    """What a script does with one of several sessions."""
+
+    shard: str
+    key: str
+    arguments: tuple[Any, ...]
+    size: int
+    """Bytes of its data."""
+
+
+def _together(steps: Sequence[_Step]) -> tuple[Any, ...]:
+    """The arguments of a script that runs these steps."""
+    keys = [step.key for step in steps]
+    return len(keys), *keys, *chain.from_iterable(step.arguments for step in steps)
+
+
+def _call(steps: Sequence[_Step]) -> tuple[_Script, tuple[Any, ...]]:
+    """The script that runs each of these steps, and its arguments."""
+    if len(steps) > 1:
+        return _EACH, _together(steps)
+    [(_, key, (kind, *arguments), _)] = steps
+    return _SCRIPT_OF[kind], (1, key, *arguments)
+
+
+def _at_once(steps: Iterable[_Step]) -> Iterator[list[_Step]]:
+    """Steps that follow each other and are on one server of a cluster, as many as a script may run without a pause."""
+    for _, of_shard in groupby(steps, key=attrgetter("shard")):
+        yield from _parts(of_shard, _STEPS_AT_ONCE, _BYTES_AT_ONCE)
+
+
+def _parts(steps: Iterable[_Step], most: int, most_bytes: int) -> Iterator[list[_Step]]:
+    """Some steps after the other: at most so many, and of so many bytes if there are more than one."""
+    part, size = list[_Step](), 0
+    for step in steps:
+        if part and (len(part) == most or size + step.size > most_bytes):
+            yield part
+            part, size = [], 0
+        part.append(step)
+        size += step.size
+    if part:
+        yield part
+
+
 class _Script:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -563,7 +619,7 @@ class _Script:
 
 # KEYS: session. ARGV: new version, record, facts, time to live in milliseconds. Most saves leave the expiry as it is, and
 # then no index is touched; the facts are the same too as long as the data keeps its size.
-_SAVE = _Script(f"""
+_SAVING = f"""
 local stored = redis.pcall('HMGET', KEYS[1], 'version', 'facts')
 if stored.err or stored[1] ~= tostring(ARGV[1] - 1) then
   return 0
@@ -590,15 +646,22 @@ if user ~= '' then
   redis.call('ZADD', indexes[3], string.format('%.17g', created_at), id)
 end
 for _, index in ipairs(indexes) do
-  if redis.call('PTTL', index) < tonumber(ARGV[4]) then
+  longest[index] = longest[index] or redis.call('PTTL', index)
+  if longest[index] < tonumber(ARGV[4]) then
     redis.call('PEXPIRE', index, ARGV[4])
+    longest[index] = tonumber(ARGV[4])
   end
 end
 return 1
-""")
+"""
 
 # The same for a session that must not be there yet, whatever its version.
-_CREATE = _Script(_SAVE.text.replace("stored[1] ~= tostring(ARGV[1] - 1)", "stored[1]", 1))
+_CREATING = _SAVING.replace("stored[1] ~= tostring(ARGV[1] - 1)", "stored[1]", 1)
+
+# The time to live of an index by its key: once one of its sessions was saved, it stays for as long as the script runs.
+_LONGEST = "local longest = {}"
+
+_SAVE, _CREATE = _Script(f"{_LONGEST}{_SAVING}"), _Script(f"{_LONGEST}{_CREATING}")
 
 # Takes a session out of everything but its own key; its user is known to the facts alone.
 _FORGET = f"""
@@ -703,13 +766,34 @@ end
 return open
 """)
 
-# KEYS: sessions. ARGV for each: save, create or delete, and what these scripts are given. Answers the number of the first
-# session in conflict, or 0. Nothing is written before all is known to succeed, for there is no way back.
-_TRANSACTION = _Script(f"""
+_SCRIPT_OF = {"save": _SAVE, "create": _CREATE, "delete": _DELETE}
+
+# KEYS: sessions. ARGV for each: save, create or delete, and what these scripts are given.
+_STEPS = f"""
+{_LONGEST}
 local scripts = {{}}
-scripts.save = function(KEYS, ARGV) {_SAVE.text} end
-scripts.create = function(KEYS, ARGV) {_CREATE.text} end
+scripts.save = function(KEYS, ARGV) {_SAVING} end
+scripts.create = function(KEYS, ARGV) {_CREATING} end
 scripts.delete = function(KEYS, ARGV) {_DELETE.text} end
+local function run(number)
+  return scripts[ARGV[number * 5 - 4]]({{KEYS[number]}}, {{unpack(ARGV, number * 5 - 3, number * 5)}})
+end
+"""
+
+# Runs each of the steps, and answers what each says, or what is wrong with its keys: the others are none the worse for it.
+_EACH = _Script(f"""{_STEPS}
+local outcomes = {{}}
+for number = 1, #KEYS do
+  local intact, outcome = pcall(run, number)
+  if not intact and type(outcome) == 'string' then outcome = redis.error_reply(outcome) end
+  outcomes[number] = outcome
+end
+return outcomes
+""")
+
+# Runs all of the steps or none. Answers the number of the first session in conflict, or 0. Nothing is written before all is
+# known to succeed, for there is no way back.
+_TRANSACTION = _Script(f"""{_STEPS}
 local function has_version(key, kind, given)
   local stored = redis.pcall('HGET', key, 'version')
   if kind == 'create' then return not stored end
@@ -730,8 +814,8 @@ for number, key in ipairs(KEYS) do
   local size = redis.pcall('HLEN', shard .. ':facts')
   if type(size) == 'table' then return size end
 end
-for number, key in ipairs(KEYS) do
-  scripts[ARGV[number * 5 - 4]]({{key}}, {{unpack(ARGV, number * 5 - 3, number * 5)}})
+for number = 1, #KEYS do
+  run(number)
 end
 return 0
 """)
