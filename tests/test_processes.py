@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from flask_persist_session import SessionConflict, SessionRecord, open_store
+from flask_persist_session import Change, Deletion, SessionConflict, SessionRecord, open_store
+from flask_persist_session.testing import following, make_record
 from tests.conftest import SHARED_STORES
 from tests.servers import DEADLINE, wait_until
 from tests.web import PROCESSES, Browser, Gunicorn
@@ -248,6 +249,23 @@ def test_processes_never_save_over_one_version_twice(kind: str, new_url: Callabl
     assert found.version == 1 + 4 * 400
     assert found.data == payload(found.version)
     store.close()
+
+
+def change_many(url: str, forwards: bool, start: Barrier) -> None:
+    """Save and then delete the same sessions again and again, in an order of its own."""
+    store = open_store(url)
+    records = [make_record(number, user_id=None) for number in range(200)][:: 1 if forwards else -1]
+    start.wait(DEADLINE)
+    for _ in range(10):
+        store.save_many([Change(record=record, expected=0) for record in records])
+        store.save_many([Change(record=following(record), expected=1) for record in records])
+        store.delete_many([Deletion(id=record.id) for record in records])
+    store.close()
+
+
+def test_processes_that_change_many_do_not_wait_for_each_other(shared_url: str) -> None:
+    """Two processes that change the same sessions, one from the first and one from the last, both come to an end."""
+    run_at_once(change_many, [(shared_url, True), (shared_url, False)])
 
 
 # Processes killed while they save -------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import islice
-from operator import attrgetter
 from typing import Any
 
 import peewee as pw
@@ -229,29 +228,29 @@ class SQLStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        outcomes = []
+        outcomes = [False] * len(changes)
         with self._using() as database:
             # Built before the transaction, for which others may have to wait.
-            statements = [self._statement(change.record, change.expected) for change in changes]
+            statements = [(n, self._statement(changes[n].record, changes[n].expected)) for n in _in_order(changes)]
             with database.of_many() if len(changes) >= _MANY else database.atomic(), translated:
                 cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
-                for statement in statements:
+                for number, statement in statements:
                     cursor.execute(*statement)
-                    outcomes.append(bool(cursor.rowcount))
+                    outcomes[number] = bool(cursor.rowcount)
         return outcomes
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
-        outcomes: list[bool] = []
-        for start in range(0, len(deletions), _AT_ONCE):
+        outcomes, order = [False] * len(deletions), _in_order(deletions)
+        for start in range(0, len(order), _AT_ONCE):
             with self._using() as database, database.in_turn():
-                outcomes += [self._remove(database, deletion) for deletion in deletions[start : start + _AT_ONCE]]
+                for number in order[start : start + _AT_ONCE]:
+                    outcomes[number] = self._remove(database, deletions[number])
         return outcomes
 
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
         with self._using() as database, database.atomic():
-            # In one order, so that no two of them wait for each other.
-            for change in sorted(changes, key=attrgetter("id")):
+            for change in map(changes.__getitem__, _in_order(changes)):
                 if isinstance(change, Change):
                     done = self._save(database, change.record, change.expected)
                 else:
@@ -597,6 +596,11 @@ def _readable(rows: Iterable[Sequence[Any]]) -> Iterator[SessionRecord]:
 
 class _Placeholder(str):
     """The name of a value that is given when the statement is run."""
+
+
+def _in_order(changes: Sequence[Change | Deletion]) -> list[int]:
+    """Where the changes stand, ordered by id: in one order, so that no two transactions wait for each other."""
+    return sorted(range(len(changes)), key=lambda number: changes[number].id)
 
 
 def _placeholder(name: str) -> pw.Value:
