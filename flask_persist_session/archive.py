@@ -37,6 +37,10 @@ MANIFEST = "manifest.json"
 _MEMBER_BYTES = 2 * 1024 * 1024
 #: No member is larger. With it a session may have some 47 MB, and what reads an archive needs so much memory at most.
 LARGEST_MEMBER = 64 * 1024 * 1024
+#: A manifest may have so many bytes, and so many more for each member before it, of which it needs some 200: in memory JSON
+#: can be thirty times as large.
+_MANIFEST_BYTES = 256 * 1024
+_MANIFEST_BYTES_A_MEMBER = 256
 _MEMBER_NAME = re.compile(r"([a-z0-9_]{1,40})/records-(\d{6,9})\.jsonl", re.ASCII)
 #: What a newer release might put beside the records: read on to its manifest, which says so.
 _OTHER_NAME = re.compile(r"[a-z0-9_]{1,40}/[a-z]{1,40}-\d{6,9}\.jsonl", re.ASCII)
@@ -264,7 +268,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
     stream, seen = _Inflated(file), set()
     try:
         while True:
-            name, size = _read_header(stream.read(_BLOCK))
+            name, size = _read_header(stream.read(_BLOCK), _MANIFEST_BYTES + _MANIFEST_BYTES_A_MEMBER * len(seen))
             if name in seen:
                 raise BackupError(f"it has the member {name} twice")
             seen.add(name)
@@ -278,15 +282,16 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         raise BackupError(f"it is damaged, or no archive of this package: {error}") from error
 
 
-def _read_header(block: bytes) -> tuple[str, int]:
+def _read_header(block: bytes, largest_manifest: int) -> tuple[str, int]:
     # Not by opening it with tarfile: that reads extended headers and names of any length into memory.
     info = tarfile.TarInfo.frombuf(block, "ascii", "backslashreplace")
     if not info.isreg() or info.type != tarfile.REGTYPE or info.linkname:
         raise BackupError(f"its member {info.name!r:.100} is no plain file; such an archive is not of this package")
     if info.name != MANIFEST and not _OTHER_NAME.fullmatch(info.name):
         raise BackupError(f"its member {info.name!r:.100} has a name that no archive of this package has")
-    if not 0 <= info.size <= LARGEST_MEMBER:
-        raise BackupError(f"its member {info.name} says to have {info.size:,} bytes, {LARGEST_MEMBER:,} are possible")
+    largest = largest_manifest if info.name == MANIFEST else LARGEST_MEMBER
+    if not 0 <= info.size <= largest:
+        raise BackupError(f"its member {info.name} says to have {info.size:,} bytes, {largest:,} are possible")
     return info.name, info.size
 
 

@@ -481,6 +481,15 @@ def test_a_gigabyte_of_zeros_is_refused(good: str, clock: Clock, tmp_path: Path)
     assert_refused(behind, clock, "something follows")
 
 
+def test_a_manifest_that_would_fill_the_memory_is_refused(good: str, clock: Clock, tmp_path: Path) -> None:
+    """Some kilobytes of archive can hold a manifest of many empty lists: it may not be larger than its members explain."""
+    files = unpacked(good)
+    bloated = json.dumps(json.loads(files[MANIFEST]) | {"filters": {"tags": [[]] * 70_000}}).encode()
+    path = packed(tmp_path / "bloated.tar.gz", *(member(*item) for item in (files | {MANIFEST: bloated}).items()))
+    assert path.stat().st_size < 4096
+    assert_refused(path, clock, f"{MANIFEST} says to have {len(bloated):,} bytes, 262,400 are possible")
+
+
 def test_every_cut_is_noticed(good: str, clock: Clock, tmp_path: Path) -> None:
     """An archive that ends after any of its bytes but the last is refused."""
     whole = Path(good).read_bytes()
