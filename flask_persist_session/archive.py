@@ -265,7 +265,7 @@ def _is_manifest(values: Any) -> bool:
 
 def read_members(file: BinaryIO) -> Iterator[Member]:
     """The members of an archive in their order, the manifest last. Raises ``BackupError`` for anything unexpected."""
-    stream, seen = _Inflated(file), set()
+    stream, seen = _Inflated(file), set[str]()
     try:
         while True:
             name, size = _read_header(stream.read(_BLOCK), _MANIFEST_BYTES + _MANIFEST_BYTES_A_MEMBER * len(seen))

@@ -215,14 +215,9 @@ class Creating(Lifecycle):
             self.store.save(replace(aside, version=version), expected=left.version if left else 0)
         with suppress(UnsupportedByStore):
             log, last = self.store.history, 0
-            while (entries := log.read(record.id, after=last, limit=_ENTRIES)) and self._is_there(record):
+            while (entries := log.read(record.id, after=last, limit=_ENTRIES)) and self._stored(record):
                 log.restore(aside.id, entries)
                 last = entries[-1].seq
-
-    def _is_there(self, record: SessionRecord) -> bool:
-        """Whether its id is still that of this session, and not of a later one that somebody else has created meanwhile."""
-        current = self.store.get(record.id)
-        return current is not None and current.created_at == record.created_at
 
 
 def in_use(session_id: str) -> SessionConflict:

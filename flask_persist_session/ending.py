@@ -157,9 +157,8 @@ class Ending(Lifecycle):
         Where its key was used anew, what is there now is another session, which began later; the one that ended is due
         under another id.
         """
-        current = self.store.get(taken.id)
-        waits = current is not None and current.created_at == taken.created_at and self._lifetime.awaits(current)
-        return current if waits else None
+        current = self._stored(taken)
+        return current if current is not None and self._lifetime.awaits(current) else None
 
 
 class _Attempt(AbstractContextManager[None]):

@@ -145,8 +145,8 @@ class Lifecycle:
         size = len(dump_metadata(metadata))
         if size > self._max_bytes:
             raise SessionTooLarge(
-                f"the metadata take {size:,} bytes, PERSIST_SESSION_MAX_BYTES allows {self._max_bytes:,}; keep "
-                "there only what lists show"
+                f"the metadata take {size:,} bytes, {self._limit('max_bytes')} allows {self._max_bytes:,}; "
+                "keep there only what lists show"
             )
 
     def _take_back(self, new: StoredSession) -> None:
@@ -259,8 +259,8 @@ class Lifecycle:
         plain, redescribed = self._plain(session.data), session.redescribed()
         if redescribed is None and self._codec.unchanged(plain, session.record.data):
             return self.renew(session, metadata=metadata) if renew else "unchanged"
-        write = partial(self._write, renew=renew, metadata=metadata, redescribed=redescribed)
-        return self._merge_and_save(session, self._codec.seal(plain), write, delete_empty)
+        next_version = partial(self._next_version, renew=renew, metadata=metadata, redescribed=redescribed)
+        return self._merge_and_save(session, self._codec.seal(plain), next_version, delete_empty)
 
     def renew(self, session: StoredSession, *, metadata: Metadata | None = None) -> Outcome:
         """Move the session's expiry forward, leaving its data as it was loaded.
@@ -272,7 +272,8 @@ class Lifecycle:
             if self._lifetime.is_fresh(session.record):
                 # It may have moved to another token since it was loaded, and then its cookie must not come back.
                 return "saved" if self.get(session.id) else "unchanged"
-            session.replace_record(self._write(session.record, session.record.data, renew=True, metadata=metadata))
+            renewed = self._next_version(session.record, session.record.data, renew=True, metadata=metadata)
+            session.replace_record(self._write(renewed))
         except SessionConflict:
             # A save moved its expiry as well, and what has ended must not be renewed.
             return "unchanged"
@@ -281,17 +282,9 @@ class Lifecycle:
             return "failed"
         return "saved"
 
-    def _write(
-        self,
-        record: SessionRecord,
-        payload: bytes,
-        *,
-        renew: bool = False,
-        metadata: Metadata | None = None,
-        redescribed: Redescribed | None = None,
-    ) -> SessionRecord:
-        changed = self._next_version(record, payload, renew=renew, metadata=metadata, redescribed=redescribed)
-        self.store.save(changed, expected=record.version)
+    def _write(self, changed: SessionRecord) -> SessionRecord:
+        """Save the next version of a record, and return it."""
+        self.store.save(changed, expected=changed.version - 1)
         return changed
 
     def _next_version(
@@ -303,8 +296,9 @@ class Lifecycle:
         metadata: Metadata | None = None,
         redescribed: Redescribed | None = None,
     ) -> SessionRecord:
-        if self._is_another(record):
-            raise SessionConflict(f"session {record.id} is not active: {ANOTHER}")
+        if self._lifetime.state(record) != "active" and self._stored(record) is None:
+            # Its version need not tell: once a cleanup has removed a session, the next one of its key counts from 1.
+            raise SessionConflict(f"session {record.id} is not active: it was removed, or its key leads to another now")
         changed = self._lifetime.saved(record, payload, renew=renew, metadata=metadata)
         if redescribed is None:
             return changed
@@ -313,21 +307,16 @@ class Lifecycle:
         labels(changed.tags)
         return changed
 
-    def _is_another(self, record: SessionRecord) -> bool:
-        """Whether *record* expired since it was read, and by now its id is that of a later session.
-
-        Its version need not tell: once a cleanup has removed a session, the next one of its key counts from 1.
-        """
-        if self._lifetime.state(record) == "active":
-            return False
+    def _stored(self, record: SessionRecord) -> SessionRecord | None:
+        """What is stored of the session of *record* by now. What a key that was used anew leads to is another session."""
         current = self.store.get(record.id)
-        return current is not None and current.created_at != record.created_at
+        return current if current is not None and current.created_at == record.created_at else None
 
     def _merge_and_save(
         self,
         session: StoredSession,
         payload: bytes,
-        write: Callable[[SessionRecord, bytes], SessionRecord],
+        next_version: Callable[[SessionRecord, bytes], SessionRecord],
         delete_empty: bool,
     ) -> Outcome:
         base, record = session.record.data, session.record
@@ -337,7 +326,7 @@ class Lifecycle:
                 if delete_empty and not session.data:
                     self._delete_version(record, "emptied")
                     return "deleted"
-                session.replace_record(write(record, payload))
+                session.replace_record(self._write(next_version(record, payload)))
             except SessionConflict:
                 self._announcer.conflict(record.id, retry.attempt)
             else:

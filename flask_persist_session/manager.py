@@ -180,7 +180,7 @@ class SessionManager(Adopting, Revoking, Transacting, Ending):
             session=self.existing,
             began=meant.created_at if isinstance(meant, SessionRecord) else None,
             renewed=self._renewed,
-            is_there=(lambda: not isinstance(meant, SessionRecord) or self._is_there(meant)),
+            is_there=(lambda: not isinstance(meant, SessionRecord) or self._stored(meant) is not None),
             max_entries=self._max_entries,
             max_bytes=self._max_bytes,
         )

@@ -84,7 +84,7 @@ class Users(Lifecycle):
             if current is None:
                 return False
             moved.data = self._merge(base, moved.data, current)
-            moved.record = self._write(moved.record, self._encode(moved.data))
+            moved.record = self._write(self._next_version(moved.record, self._encode(moved.data)))
             base, record = current.record.data, current.record
 
     def restart(

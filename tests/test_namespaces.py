@@ -129,6 +129,14 @@ def test_a_limit_of_a_namespace_is_its_own(make_app: MakeApp, limit: dict[str, A
             sessions.manager.create({"a": "x" * 300}, user_id="ada")
 
 
+def test_metadata_beyond_the_limit_of_a_namespace_name_it(make_app: MakeApp) -> None:
+    """Metadata have the limit of the data, by the name that it has where it is set."""
+    with make_app().app_context():
+        chats = PersistSession().namespace("chat", max_bytes=200)
+        with pytest.raises(SessionTooLarge, match="max_bytes of the namespace 'chat' allows 200"):
+            chats.create(metadata={"title": "x" * 300})
+
+
 def test_the_namespace_of_the_cookie_takes_no_options(make_app: MakeApp) -> None:
     """Its options are the settings."""
     with make_app().app_context():
