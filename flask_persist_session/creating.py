@@ -13,9 +13,8 @@ from .lifecycle import Lifecycle, Retry, labels, missing
 from .records import JSON, SessionRecord
 from .stored import Owner, StoredSession
 from .stores.base import NAME_LIMITS, is_name
+from .stores.history import copy_history
 
-#: So many entries of a history are copied at once.
-_ENTRIES = 500
 #: The end reason of a session that a restore replaces, and of what stands for one whose history is not yet complete.
 OVERWRITTEN, RESTORING = "overwritten", "restoring"
 #: Seconds within which a history is copied.
@@ -214,10 +213,8 @@ class Creating(Lifecycle):
             version = left.version + 1 if left else aside.version
             self.store.save(replace(aside, version=version), expected=left.version if left else 0)
         with suppress(UnsupportedByStore):
-            log, last = self.store.history, 0
-            while (entries := log.read(record.id, after=last, limit=_ENTRIES)) and self._stored(record):
-                log.restore(aside.id, entries)
-                last = entries[-1].seq
+            log = self.store.history
+            copy_history(log, log, record.id, to=aside.id, same=lambda: self._stored(record) is not None)
 
 
 def in_use(session_id: str) -> SessionConflict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from ..exceptions import SerializationError, SessionConflict, SessionNotFound, SessionTooLarge
@@ -219,13 +219,24 @@ def damaged(session_id: str, seq: int) -> SerializationError:
     return SerializationError(f"entry {seq} of the history of session {session_id} is damaged; others can be read")
 
 
-def copy_history(source: HistoryLog, target: HistoryLog, session_id: str) -> int:
+def copy_history(
+    source: HistoryLog,
+    target: HistoryLog,
+    session_id: str,
+    *,
+    to: str | None = None,
+    same: Callable[[], bool] = lambda: True,
+) -> int:
     """Bring the entries of *source* into *target*, a part at a time; return how many there were.
+
+    :param to: the id of the session that gets them, if that is another one.
+    :param same: whether a part that was read belongs to the session that is meant; nothing is copied from there on.
 
     Raises as ``read`` and ``restore`` do.
     """
-    last = target.count(session_id)
-    while part := source.read(session_id, after=last, limit=RESTORED_AT_ONCE):
-        target.restore(session_id, part)
+    to = to or session_id
+    last = target.count(to)
+    while (part := source.read(session_id, after=last, limit=RESTORED_AT_ONCE)) and same():
+        target.restore(to, part)
         last = part[-1].seq
     return last
