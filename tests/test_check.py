@@ -216,6 +216,30 @@ def test_temporary_file_of_a_rewrite_under_way(files: SessionStore, root: Path) 
         assert checking.result() == []
 
 
+HISTORY_DAMAGES = {
+    "half an append": lambda history, turns: history.write_bytes(history.read_bytes() + b"\x93TRN half of it"),
+    "a whole append that is not in its index": lambda history, turns: turns.write_bytes(turns.read_bytes()[:-52]),
+    "an index that is cut": lambda history, turns: turns.write_bytes(turns.read_bytes()[:-1]),
+    "no index": lambda history, turns: turns.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", HISTORY_DAMAGES)
+def test_history_of_an_append_that_was_stopped(files: SessionStore, root: Path, damage: str) -> None:
+    """A history whose two files do not agree is found and brought to agree; every entry that was stored is there."""
+    files.save(RECORD, expected=0)
+    for number in range(3):
+        files.history.append(RECORD.id, [b"%d" % number], created_at=1.0)
+    path = path_of(root)
+    HISTORY_DAMAGES[damage](path.with_suffix(".history"), path.with_suffix(".turns"))
+    sizes = [path.with_suffix(suffix).stat().st_size for suffix in (".history", ".turns") if damage != "no index"]
+    assert kinds(files) == [("torn", False)]
+    assert sizes == [path.with_suffix(suffix).stat().st_size for suffix in (".history", ".turns") if damage != "no index"]
+    found_and_repaired(files, "torn")
+    assert [entry.data for entry in files.history.read(RECORD.id)] == [b"0", b"1", b"2"]
+    assert path.with_suffix(".history").read_bytes().count(b"\x93TRN") == 3
+
+
 def test_entry_without_session(files: SessionStore, root: Path) -> None:
     """An entry of the index of users that leads nowhere is removed."""
     written(files, root)
@@ -697,6 +721,8 @@ def work(url: str, number: int, stop: Any, started: Any) -> int:
             record = following(kept[session_id], data=rng.randbytes(rng.randrange(3000)))
             if kept[session_id].ended_at is None and rng.random() < 0.1:
                 record = following(kept[session_id], ended_at=1.0, end_reason="logout", data=b"")
+            if record.ended_at is None:
+                store.history.append(session_id, [rng.randbytes(rng.randrange(300))], created_at=1.0)
             store.save(record, expected=record.version - 1)
             kept[session_id] = record
         if len(kept) > 40:

@@ -54,6 +54,7 @@ Found = TypeVar("Found")
 HISTORY, TURNS = ".history", ".turns"
 _SESSION = ".session"
 _NO_KEY = bytes(16)
+_NO_TURNS = "what says where its entries are does not fit it, and is made anew by a repair or the next append"
 
 # A turn: this header, a description of each entry, the entries.
 _MAGIC = b"\x93TRN"
@@ -242,6 +243,35 @@ def remove_history(path: str) -> None:
             remove_if_there(file)
 
 
+def agrees(path: str) -> bool:
+    """Whether the history of the session with the file *path* and its turns agree, or there is none.
+
+    If they do not, somebody may just be writing.
+    """
+    try:
+        with _opened(path, mode=os.O_RDONLY) as files:
+            files.must_agree()
+    except _Disagreement:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def check_history(path: str, *, repair: bool) -> str | None:
+    """In what the files of a history do not agree, if they do not; *repair* makes them. The caller holds the lock."""
+    try:
+        with _opened(path, mode=os.O_RDWR if repair else os.O_RDONLY) as files:
+            found = files.disagreement()
+            if repair:
+                files.mend()
+            return found
+    except _Disagreement:
+        return _NO_TURNS
+    except FileNotFoundError:
+        return None
+
+
 # The files ------------------------------------------------------------------------------------------------------------
 
 
@@ -356,14 +386,29 @@ class _Files:
             self._make_turns()
             return look(self)
 
-    def _make_turns(self) -> None:
+    def disagreement(self) -> str | None:
+        """In what the history and its turns do not agree, if they do not; the caller holds the lock."""
+        try:
+            self.must_agree()
+        except _Disagreement:
+            turns = self._whole_turns()
+            torn = self._size - (turns[-1].end if turns else 0)
+            return f"its last {torn:,} bytes are of an append that was stopped, and do not count" if torn else _NO_TURNS
+        return None
+
+    def _whole_turns(self) -> list[_Turn]:
+        """The turns of the history without what a writer left at the end that was stopped in the middle."""
         content = read_range(self._history, self._size, 0)
         turns = list(_turns_in(content))
         while turns and not _is_whole(content, turns[-1]):
             turns.pop()
+        return turns
+
+    def _make_turns(self) -> None:
+        turns = self._whole_turns()
         self._size = turns[-1].end if turns else 0
         self._count, self._rest = len(turns), 0
-        os.ftruncate(self._history, self._size)  # what a writer left that was stopped in the middle
+        os.ftruncate(self._history, self._size)
         os.ftruncate(self._turns, 0)
         write_at(self._turns, b"".join(turn.placed() for turn in turns), 0)
 

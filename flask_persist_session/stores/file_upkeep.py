@@ -21,7 +21,7 @@ from ..exceptions import SerializationError
 from ..records import Finding, Improvement, SessionRecord, is_session_id
 from ..tokens import SHARDS
 from . import make_directory
-from .file_history import HISTORY, TURNS
+from .file_history import HISTORY, TURNS, agrees, check_history
 from .file_transactions import FOLDER, SUFFIX, UNFINISHED, ids_in_marker, left_over, settle
 from .frames import (
     NO_FILE,
@@ -227,11 +227,17 @@ class FileCheck:
             self._look_again(partial(self._lonely, path, session, _REWRITE))
 
     def _history(self, path: str) -> Iterator[Finding]:
-        """A file of a history, which is left over if its session has no file."""
+        """A file of a history, which is left over if its session has no file, or may end within an entry."""
         yield from self._mode(path, 0o600)
         session = path.rpartition(".")[0] + SUFFIX
         if not os.path.lexists(session):
             self._look_again(partial(self._lonely, path, session, "a part of the history of a session that is gone"))
+        elif path.endswith(HISTORY) and not agrees(session):
+            yield from self._under_lock(session, lambda *_: self._torn_history(path, session))
+
+    def _torn_history(self, path: str, session: str) -> Finding | None:
+        text = check_history(session, repair=self._repair)
+        return None if text is None else Finding(kind="torn", where=path, text=text, repaired=self._repair)
 
     # Transactions -----------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,10 @@ _STATEMENTS = {
     ORDER BY seq DESC LIMIT ?""",
     "delete": 'DELETE FROM "{table}" WHERE session_id = ?',
     "next": 'SELECT MIN(session_id) FROM "{table}" WHERE session_id > ?',
-    "stray": 'DELETE FROM "{table}" WHERE session_id = ? AND NOT EXISTS (SELECT 1 FROM "{sessions}" WHERE id = ?)',
+    # Each in one statement, which sees the tables as they are at one moment.
+    "stray": """SELECT 1 FROM "{table}" WHERE session_id = ? AND NOT EXISTS (SELECT 1 FROM "{sessions}" WHERE id = ?)
+    LIMIT 1""",
+    "remove_stray": 'DELETE FROM "{table}" WHERE session_id = ? AND NOT EXISTS (SELECT 1 FROM "{sessions}" WHERE id = ?)',
 }
 
 
@@ -181,9 +184,8 @@ class SQLHistory(HistoryLog):
         while (found := self._rows("next", session_id)) and found[0][0] is not None:
             session_id = found[0][0]
             with self._transaction() as run:
-                is_stray = run("session", session_id).fetchone() is None
-                if is_stray and repair:
-                    run("stray", session_id, session_id)
+                found = run("remove_stray" if repair else "stray", session_id, session_id)
+                is_stray = found.rowcount > 0 if repair else found.fetchone() is not None
             if is_stray:
                 yield session_id
 
