@@ -10,17 +10,14 @@ import argparse
 import itertools
 import os
 import random
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any
 
 from benchmarks.measuring import progress
 from benchmarks.places import Places
+from benchmarks.processes import Delays, Requests, in_process, peak
 from flask_persist_session import Change, SessionManager, SessionRecord, open_store
 from flask_persist_session.backup import back_up, restore
 from flask_persist_session.tokens import make_token, session_id, shard_of
@@ -30,8 +27,6 @@ LIVE = 1000
 #: Seconds between two requests.
 _BETWEEN = 0.002
 _FILL_AT_ONCE = 1000
-#: New interpreters: a forked one would count the memory of its parent.
-_processes = get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Result:
     name: str
     seconds: float
     memory: int
-    delays: Sequence[float]
+    delays: Delays
 
 
 def arguments() -> argparse.Namespace:
@@ -69,35 +64,19 @@ def measure(places: Places, kind: str, number: int) -> Iterator[Result]:
         live = in_process(fill, url, LIVE)
         os.sync()  # what filling left to be written must not be written while it is measured
         progress(f"{kind}: {name}")
-        with Requests(url, live) as requests:
+        with Requests(url, live, between=_BETWEEN) as requests:
             done, seconds, memory = in_process(work, *given)
         if done < number:
             raise RuntimeError(f"{done:,} sessions instead of {number:,}")
         yield Result(name, seconds, memory, requests.delays)
-        with Requests(url, live) as requests:
+        with Requests(url, live, between=_BETWEEN) as requests:
             time.sleep(min(10, seconds))
         yield Result("… without", 0, 0, requests.delays)
         if kind == "redis" and name == "backup":
             places.redis.client().flushdb()  # room for the other million
 
 
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-def in_process(work: Callable[..., Any], *given: Any) -> Any:
-    """What *work* returns in a process of its own. Raises ``EOFError`` if it fails there."""
-    ours, theirs = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_answer, args=(theirs, work, given))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-
-
-def _answer(answers: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    answers.send(work(*given))
+# What the processes do ------------------------------------------------------------------------------------------------
 
 
 def fill(url: str, number: int) -> list[str]:
@@ -136,7 +115,7 @@ def make_backup(url: str, folder: str) -> tuple[int, float, int]:
     """How many sessions were backed up, in how many seconds, with how many bytes of memory at most."""
     manager, start = SessionManager(open_store(url)), time.perf_counter()
     report = back_up({"web": manager}, folder, now=time.time())
-    return report.sessions, time.perf_counter() - start, _peak()
+    return report.sessions, time.perf_counter() - start, peak()
 
 
 def restore_backup(url: str, folder: str) -> tuple[int, float, int]:
@@ -144,52 +123,7 @@ def restore_backup(url: str, folder: str) -> tuple[int, float, int]:
     manager, start = SessionManager(open_store(url)), time.perf_counter()
     [name] = os.listdir(folder)
     report = restore({"web": manager}, os.path.join(folder, name))
-    return report.restored, time.perf_counter() - start, _peak()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Requests:
-    """Has another process make requests while the context lasts."""
-
-    delays: Sequence[float] = ()
-
-    def __init__(self, url: str, ids: Sequence[str]) -> None:
-        self._ours, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=make_requests, args=(url, ids, theirs))
-        self._process.start()
-        self._ours.recv()
-
-    def __enter__(self) -> Requests:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ours.send("stop")
-        self.delays = self._ours.recv()
-        self._process.join()
-
-
-def make_requests(url: str, ids: Sequence[str], orders: Connection) -> None:
-    """Load, change and save one session after the other until told to stop; then send the milliseconds of each."""
-    manager, delays = SessionManager(open_store(url)), []
-    for number, identity in enumerate(itertools.cycle(ids)):
-        start = time.perf_counter()
-        session = manager.get(identity)
-        if session is None:
-            raise RuntimeError(f"the live session {identity} is missing")
-        session.data["counter"] = number + 1
-        manager.save(session)
-        delays.append((time.perf_counter() - start) * 1000)
-        if number == 0:
-            delays.clear()  # the first one connects
-            orders.send("ready")
-        if orders.poll():
-            orders.recv()
-            orders.send(delays)
-            return
-        time.sleep(_BETWEEN)
+    return report.restored, time.perf_counter() - start, peak()
 
 
 def show(kind: str, sessions: int, results: Sequence[Result]) -> None:

@@ -9,17 +9,14 @@ import argparse
 import itertools
 import os
 import random
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
 
 from benchmarks.measuring import progress
 from benchmarks.places import Places
+from benchmarks.processes import Delays, Requests, in_process, peak
 from flask_persist_session import Change, SessionManager, SessionRecord, open_store
 from flask_persist_session.tokens import make_token, session_id, shard_of
 
@@ -28,10 +25,6 @@ LIVE = 1000
 #: Seconds between two requests, as they come from outside.
 _BETWEEN = 0.001
 _FILL_AT_ONCE = 1000
-#: New interpreters: a forked one would count the memory of its parent.
-_processes = get_context("spawn")
-
-Delays: TypeAlias = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -64,27 +57,21 @@ def main(options: argparse.Namespace) -> None:
 def measure_rounds(url: str, options: argparse.Namespace) -> list[Round]:
     """Sweep *url* in rounds, with requests from another process."""
     live = in_process(fill, url, LIVE, False)
-    ours, theirs = _processes.Pipe()
-    requester = _processes.Process(target=make_requests, args=(url, live, theirs))
-    requester.start()
     rounds = []
     for number in range(1, options.rounds + 1):
         progress(f"round {number} of {options.rounds}: filling")
         in_process(fill, url, options.sessions, True)
         os.sync()  # what filling left to be written must not be written while it is measured
         progress(f"round {number} of {options.rounds}: sweeping")
-        ours.send("go on")
-        removed, seconds, _ = in_process(sweep, url)
-        sweeping = stop_requests(ours)
+        with Requests(url, live, between=_BETWEEN) as sweeping:
+            removed, seconds, _ = in_process(sweep, url)
         os.sync()
         progress(f"round {number} of {options.rounds}: the same requests without a sweep")
-        ours.send("go on")
-        time.sleep(seconds)
-        rounds.append(Round(removed / seconds, sweeping, stop_requests(ours)))
+        with Requests(url, live, between=_BETWEEN) as quiet:
+            time.sleep(seconds)
+        rounds.append(Round(removed / seconds, sweeping.delays, quiet.delays))
         if removed != options.sessions:
             raise RuntimeError(f"{removed:,} sessions were removed instead of {options.sessions:,}")
-    ours.send(None)
-    requester.join()
     progress("")
     return rounds
 
@@ -102,23 +89,7 @@ def measure_memory(url: str, number: int) -> tuple[int, int]:
     return listing, sweeping
 
 
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-def in_process(work: Callable[..., Any], *given: Any) -> Any:
-    """What *work* returns in a process of its own. Raises ``EOFError`` if it fails there."""
-    ours, theirs = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_answer, args=(theirs, work, given))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-
-
-def _answer(answers: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    answers.send(work(*given))
+# What the processes do ------------------------------------------------------------------------------------------------
 
 
 def fill(url: str, number: int, expired: bool) -> list[str]:
@@ -160,46 +131,12 @@ def sweep(url: str) -> tuple[int, float, int]:
     manager = SessionManager(open_store(url))
     start = time.perf_counter()
     removed = manager.cleanup().removed
-    return removed, time.perf_counter() - start, _peak()
+    return removed, time.perf_counter() - start, peak()
 
 
 def list_all(url: str) -> tuple[int, int]:
     """How many sessions there are, and with how many bytes of memory at most they were listed."""
-    return sum(1 for _ in SessionManager(open_store(url)).find()), _peak()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def make_requests(url: str, ids: Sequence[str], orders: Connection) -> None:
-    """Between "go on" and "stop": load, change and save one session after the other; then send the times it took."""
-    manager = SessionManager(open_store(url))
-    turn = itertools.cycle(ids)
-    while orders.recv() is not None:
-        delays = []
-        while not orders.poll():
-            start = time.perf_counter()
-            request(manager, next(turn))
-            delays.append((time.perf_counter() - start) * 1000)
-            time.sleep(_BETWEEN)
-        orders.recv()
-        orders.send(delays)
-
-
-def request(manager: SessionManager, identity: str) -> None:
-    """What a request costs that changes its session."""
-    session = manager.get(identity)
-    if session is None:
-        raise RuntimeError(f"the live session {identity} was removed")
-    session.data["counter"] += 1
-    manager.save(session)
-
-
-def stop_requests(requester: Connection) -> Delays:
-    requester.send("stop")
-    delays: Delays = requester.recv()
-    return delays
+    return sum(1 for _ in SessionManager(open_store(url)).find()), peak()
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
