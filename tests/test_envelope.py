@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import secrets
 import sqlite3
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from flask import Flask, session
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,7 @@ from flask_persist_session.config import Config
 from flask_persist_session.envelope import LARGEST_COMPRESSED, SMALLEST_COMPRESSED, Envelope
 from flask_persist_session.serializers import SERIALIZERS, Codec
 from flask_persist_session.stores import open_store
+from flask_persist_session.testing import in_a_fork
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
 
@@ -212,6 +215,15 @@ def test_the_same_data_is_never_encrypted_alike() -> None:
     assert len({one.encode(LONG) for _ in range(100)}) == 100
 
 
+def test_forked_processes_never_use_a_nonce_twice() -> None:
+    """Workers that were forked with one codec begin in the same state, and encrypt differently all the same."""
+    one = codec(None, (KEY,))
+    one.encode(LONG)
+    payloads = [in_a_fork(lambda: one.encode(LONG)) for _ in range(4)]
+    assert len({payload[9:21] for payload in payloads}) == 4
+    assert len({payload[1:9] for payload in payloads}) == 1  # the key's id stands before the nonce
+
+
 def test_a_payload_in_place_of_another_is_read(store: SessionStore, clock: Clock) -> None:
     """Encryption hides what is stored; who can write to the store can exchange sessions, as the page on security says."""
     manager = manager_on(store, clock, None, (KEY,))
@@ -380,10 +392,25 @@ def test_an_unknown_compression_is_refused(wrong: object) -> None:
 @pytest.mark.parametrize("wrong", ["", "short", KEY[:-2], KEY + "A", "+" * 43, b"\xff" * 44, "é" * 43, None, 7, f" {KEY}"])
 def test_what_is_no_key_is_refused_and_not_repeated(wrong: Any) -> None:
     """The message says which one it is and how to make one."""
-    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[1\] is no key.*secrets.token_urlsafe\(32\)") as raised:
+    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[1\]: this is no key.*secrets.token_urlsafe\(32\)") as raised:
         read(encryption_keys=[OTHER, wrong])
     assert not wrong or str(wrong) not in str(raised.value)
     assert raised.value.__cause__ is None
+    with pytest.raises(ConfigError, match="this is no key"):
+        Envelope(None, [OTHER, wrong])
+
+
+@pytest.mark.parametrize("wrong", ["A" * 43, "x" * 43 + "=", ("changeme" * 6)[:43], "_" * 43])
+def test_a_key_that_is_not_random_is_refused(wrong: str) -> None:
+    """What somebody has typed to have something there, such as one letter 43 times, encrypts nothing."""
+    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[0\]: this is no key: 32 random bytes"):
+        read(encryption_keys=[wrong])
+
+
+def test_random_keys_are_taken() -> None:
+    """Those of both programs that the documentation names, always."""
+    keys = [secrets.token_urlsafe(32) for _ in range(500)] + [Fernet.generate_key() for _ in range(500)]
+    assert read(encryption_keys=keys).encryption_keys == tuple(keys)
 
 
 @pytest.mark.parametrize("wrong", [KEY, KEY.encode(), {KEY: 1}, None])
