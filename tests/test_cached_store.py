@@ -16,7 +16,8 @@ from typing import Any
 
 import cachelib.simple
 import pytest
-from cachelib import FileSystemCache, NullCache, RedisCache, SimpleCache
+from cachelib import BaseCache, FileSystemCache, NullCache, RedisCache, SimpleCache
+from cachelib.valkey import ValkeyCache
 from flask import Flask, session
 
 from flask_persist_session import (
@@ -324,16 +325,17 @@ def _manager(app: Flask) -> SessionManager:
 # A cache that fails ---------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_is_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [RedisCache, ValkeyCache])
+def test_a_cache_that_is_down(kind: type[RedisCache], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without its cache a store goes on, with a line in the log for each miss."""
     server = RedisServer(tmp_path).start()
-    store = CachedStore(MemoryStore(), RedisCache("127.0.0.1", server.port, retry=None))
+    store = CachedStore(MemoryStore(), kind("127.0.0.1", server.port, retry=None))
     try:
         store.save(RECORD, expected=0)
     finally:
         server.stop()
     assert store.get(RECORD.id) == RECORD
-    assert "the RedisCache failed" in caplog.text
+    assert f"the {kind.__name__} failed" in caplog.text
     assert "the store is asked" in caplog.text
     store.save(ENDED, expected=1)
     assert store.get(RECORD.id) == ENDED
@@ -445,15 +447,68 @@ def _drop_closings(store: CachedStore) -> None:
     store._cache.delete(f"persist-cached:web:mark:{RECORD.id}")
 
 
-def test_ended_by_another_process(new_url: NewURL, tmp_path: Path) -> None:
+@pytest.fixture(params=[FileSystemCache, RedisCache, ValkeyCache])
+def shared_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], BaseCache]]:
+    """Makes caches of one kind that all reach the same entries."""
+    if request.param is FileSystemCache:
+        yield lambda: FileSystemCache(str(tmp_path / "cache"), threshold=0)
+        return
+    server = RedisServer(tmp_path).start()
+    try:
+        yield lambda: request.param("127.0.0.1", server.port)
+    finally:
+        server.stop()
+
+
+def test_ended_by_another_process(new_url: NewURL, shared_cache: Callable[[], BaseCache]) -> None:
     """What one process ends another one does not read from the cache."""
     url = new_url("sqlite")
-    store = _open_in(url, tmp_path / "cache")
+    counting = CountingStore(open_store(url))
+    store = CachedStore(counting, shared_cache())
     store.save(RECORD, expected=0)
     _drop_closings(store)
-    assert store.get(RECORD.id) == RECORD
-    in_a_fork(lambda: _open_in(url, tmp_path / "cache").save(ENDED, expected=1))
+    assert [store.get(RECORD.id), store.get(RECORD.id)] == [RECORD, RECORD]
+    assert counting.operations["get"] == 1
+    in_a_fork(lambda: CachedStore(open_store(url), shared_cache()).save(ENDED, expected=1))
     assert store.get(RECORD.id) == ENDED
+
+
+class _Held(CountingStore):
+    """Has read a record, and comes back with it when it may."""
+
+    def __init__(self, store: SessionStore) -> None:
+        super().__init__(store)
+        self.read, self.go = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        record = self.store.get(session_id)
+        self.read.set()
+        assert self.go.wait(60)
+        return record
+
+
+@pytest.mark.parametrize("cached_again", [False, True])
+def test_a_slow_reader_of_another_process(
+    new_url: NewURL, shared_cache: Callable[[], BaseCache], cached_again: bool
+) -> None:
+    """What it read before a sign-out and brings to the cache long after that, nobody reads."""
+    url = new_url("sqlite")
+    store = CachedStore(open_store(url), shared_cache())
+    store.save(RECORD, expected=0)
+    _drop_closings(store)
+    slow = _Held(open_store(url))
+    behind = CachedStore(slow, shared_cache())
+    reader = multiprocessing.get_context("fork").Process(target=behind.get, args=[RECORD.id])
+    reader.start()
+    assert slow.read.wait(60)
+    store.save(ENDED, expected=1)
+    _drop_closings(store)
+    if cached_again:
+        store.get(RECORD.id)
+    slow.go.set()
+    reader.join(60)
+    assert reader.exitcode == 0
+    assert [store.get(RECORD.id), store.get(RECORD.id)] == [ENDED, ENDED]
 
 
 class _KilledAfterSaving(CountingStore):
@@ -518,11 +573,39 @@ def test_a_cache_of_one_process_is_warned_of(caplog: pytest.LogCaptureFixture, t
     assert "up to 20 seconds late" in record.getMessage()
 
 
-@pytest.mark.parametrize("ttl", [0, 0.5, -1, 31 * 86400, float("nan"), float("inf")])
-def test_a_ttl_that_is_none(ttl: float) -> None:
-    """A ttl is refused that a cache takes for no time, or for a moment."""
+@pytest.mark.parametrize("ttl", [0, 0.5, -1, 30 * 86400 + 1, float("nan"), float("inf"), "30m", "60", None, True, [60]])
+def test_a_ttl_that_is_none(ttl: Any) -> None:
+    """A ttl is refused that a cache takes for no time, or for a moment, and what is no number."""
     with pytest.raises(ConfigError, match=r"ttl of CachedStore is .*allowed"):
         CachedStore(MemoryStore(), SimpleCache(), ttl=ttl)
+
+
+@pytest.mark.parametrize("ttl", [1, 1.9, 30 * 86400])
+def test_a_ttl_of_a_second_to_thirty_days(ttl: float) -> None:
+    """The shortest and the longest time are allowed."""
+    CachedStore(MemoryStore(), SimpleCache(), ttl=ttl)
+
+
+@pytest.mark.parametrize("prefix", ["", "two words", "line\n", "é", "x" * 101, None, 7])
+def test_a_prefix_that_is_none(prefix: Any) -> None:
+    """A prefix is refused of which not every cache makes keys, memcached for one."""
+    with pytest.raises(ConfigError, match=r"prefix of CachedStore is .*allowed is text of 1 to 100"):
+        CachedStore(MemoryStore(), SimpleCache(), prefix=prefix)
+
+
+def test_a_namespace_that_is_none() -> None:
+    """It is refused as by ``open_store``."""
+    with pytest.raises(ConfigError, match="the namespace 'Chat' is not made of"):
+        CachedStore(MemoryStore(), SimpleCache(), namespace="Chat")
+
+
+def test_the_longest_key_fits_into_memcached() -> None:
+    """It takes keys of up to 250 characters."""
+    keys: list[str] = []
+    cache = SimpleCache()
+    cache.get_many = lambda *given: keys.extend(given) or [None, None]  # type: ignore[method-assign,func-returns-value]
+    CachedStore(MemoryStore(), cache, prefix="x" * 100, namespace="n" * 40).get(RECORD.id)
+    assert [len(key) <= 250 for key in keys] == [True, True]
 
 
 @pytest.mark.parametrize(

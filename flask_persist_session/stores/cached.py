@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -38,6 +39,8 @@ _LONGEST = 30 * 86400
 _PAUSE = 5
 _CLOSED = b"closed"
 _MARK_SIZE = 16
+#: Memcached has keys of up to 250 characters, which are neither spaces nor control characters.
+_PREFIX = re.compile(r"[!-~]{1,100}")
 
 
 class CachedStore(SessionStore):
@@ -48,10 +51,10 @@ class CachedStore(SessionStore):
     :param ttl: seconds for which a record is read from the cache, from 1 to 30 days. It also bounds what is lost by a
         cache that could not be told of a write.
     :param namespace: that of *store*, if it was opened with another one.
-    :param prefix: how keys in the cache begin. Two stores in one cache need different ones, otherwise the sessions of one
-        are those of the other.
+    :param prefix: how keys in the cache begin: 1 to 100 printable characters of ASCII, no spaces. Two stores in one cache
+        need different ones, otherwise the sessions of one are those of the other.
 
-    Raises ``ConfigError`` for what is no store, no cache or no such time.
+    Raises ``ConfigError`` for what is no store, no cache, or no such time, namespace or prefix.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class CachedStore(SessionStore):
         namespace: str = "web",
         prefix: str = "persist-cached",
     ) -> None:
-        _check(store, cache, ttl)
+        _check(store, cache, ttl, prefix)
         check_namespace(namespace)
         self.store = store
         self.atomic = store.atomic
@@ -241,13 +244,17 @@ class CachedStore(SessionStore):
             log.warning("the %s failed: %s%s", type(self._cache).__name__, error, consequence)
 
 
-def _check(store: object, cache: object, ttl: float) -> None:
+def _check(store: object, cache: object, ttl: float, prefix: str) -> None:
     if not isinstance(store, SessionStore):
         raise ConfigError(f"CachedStore was given {type(store).__name__} and no store; open one with open_store(url)")
     if not isinstance(cache, BaseCache) or isinstance(cache, NullCache):
         raise ConfigError(f"CachedStore was given {type(cache).__name__}, which is no cachelib cache that keeps anything")
-    if not 1 <= ttl <= _LONGEST:
-        raise ConfigError(f"ttl of CachedStore is {ttl!r}; allowed is a number of seconds from 1 to {_LONGEST}")
+    if type(ttl) not in (int, float) or not 1 <= ttl <= _LONGEST:
+        raise ConfigError(f"ttl of CachedStore is {ttl!r:.80}; allowed is a number of seconds from 1 to {_LONGEST}")
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ConfigError(
+            f"prefix of CachedStore is {prefix!r:.80}; allowed is text of 1 to 100 printable ASCII characters, no spaces"
+        )
 
 
 def _checked_mark(mark: object) -> bytes:
