@@ -13,6 +13,7 @@ import zlib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,7 +101,36 @@ def test_an_envelope_of_a_newer_version_is_unknown() -> None:
 # Compression ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def _only(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing but this library for zstd, as it is on other installations."""
+    if library == "compression.zstd" and sys.version_info < (3, 14):
+        monkeypatch.setitem(sys.modules, "compression", ModuleType("compression"))
+        monkeypatch.setitem(sys.modules, library, importlib.import_module("backports.zstd"))  # the same, for older Pythons
+    for other in {"zstandard", "compression.zstd"} - {library}:
+        monkeypatch.setitem(sys.modules, other, None)
+
+
+@pytest.fixture(params=["zlib", "zstandard", "compression.zstd"])
+def compress(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to compress, zstd with either library."""
+    _only(request.param, monkeypatch)
+    return "zlib" if request.param == "zlib" else "zstd"
+
+
+def test_what_one_library_has_compressed_the_other_one_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a newer Python, or another package, loses no session."""
+    payloads = []
+    for library in "zstandard", "compression.zstd":
+        with monkeypatch.context() as only:
+            _only(library, only)
+            payloads.append(codec("zstd").encode(LONG))
+    for library in "compression.zstd", "zstandard":
+        with monkeypatch.context() as only:
+            _only(library, only)
+            assert [codec().decode(payload) for payload in payloads] == [LONG, LONG]
+    assert [payload[0] for payload in payloads] == [0x21, 0x21]
+
+
 def test_only_what_is_large_is_compressed(compress: str) -> None:
     """A small payload would spare little and cost time."""
     one = codec(compress)
@@ -109,7 +139,6 @@ def test_only_what_is_large_is_compressed(compress: str) -> None:
     assert len(one.encode(large)) < 100
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_what_does_not_get_smaller_stays_as_it_is(compress: str) -> None:
     """Random bytes, for example."""
     one, data = codec(compress), {"a": os.urandom(2000)}
@@ -121,7 +150,6 @@ def _compressed(compress: str, content: bytes) -> bytes:
     return bytes([0x01 | compression.bits]) + compression.compress(content)
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
     """A few bytes that would become a hundred million are refused."""
     bomb = _compressed(compress, bytes(LARGEST_COMPRESSED + 1))
@@ -130,9 +158,11 @@ def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
         codec().decode(bomb)
 
 
-def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record() -> None:
+@pytest.mark.parametrize("library", ["zstandard", "compression.zstd"])
+def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So is a frame of zstd that says nothing of its size, or less than it takes."""
     zstandard = importlib.import_module("zstandard")
+    _only(library, monkeypatch)
     silent = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10_000))
     liar = bytearray(zstandard.ZstdCompressor().compress(bytes(10_000)))
     at = liar.index((10_000 - 256).to_bytes(2, "little"))
@@ -142,7 +172,6 @@ def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record() -> None:
             codec().decode(b"\x21" + frame)
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_a_damaged_compressed_payload_is_a_corrupt_record(compress: str) -> None:
     """Cut off anywhere, followed by something, or no such thing at all."""
     payload = _compressed(compress, codec().plain(LONG)[1:])
