@@ -17,12 +17,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from cachelib import SimpleCache
 from cryptography.fernet import Fernet
 from flask import Flask, session
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_persist_session import (
+    CachedStore,
     ConfigError,
     PersistSession,
     SerializationError,
@@ -353,6 +355,67 @@ def test_a_missing_key_costs_that_one_session(make_app: MakeApp, new_url: Callab
     assert without.get(made.id) is None
     again = make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER, KEY]).extensions["persist_session"].manager
     assert again.existing(made.id).data == {"a": 1}
+
+
+def test_a_check_tells_what_needs_a_missing_key(make_app: MakeApp, new_url: Callable[[str], str]) -> None:
+    """Run with the setting that lacks it; a repair leaves the session as it is."""
+    url = new_url("sqlite")
+    sessions, whole = PersistSession(), make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER, KEY])
+    manager = whole.extensions["persist_session"].manager
+    old = manager_on(manager.store, Clock(), None, (KEY,)).create({"a": 1})
+    manager.create({"b": 2})
+    with make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER]).app_context():
+        for repair in False, True:
+            report = sessions.check(repair=repair)
+            assert [(found.kind, found.where, found.repaired) for found in report.findings] == [("data", old.id, False)]
+    with whole.app_context():
+        assert sessions.check().found == 0
+
+
+def test_a_session_of_a_key_that_cannot_be_read_is_kept_beside(
+    make_app: MakeApp, new_url: Callable[[str], str], clock: Clock
+) -> None:
+    """While its encryption key is missing a new one takes its place; it is not lost, nor is what was said."""
+    url, sessions = new_url("sqlite"), PersistSession()
+    chats = sessions.namespace("chat", app=make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[KEY]))
+    old = chats.resume_or_create(key="thread", user_id=7, data={"topic": "Lisbon"})
+    chats.history(old.id).append({"role": "user", "content": "Hello"})
+    new = sessions.namespace("chat", app=make_app(url)).resume_or_create(key="thread", user_id=7)
+    assert (new.new, new.id) == (True, old.id)
+    [aside] = [chats.load(record.id) for record in chats.store.scan() if record.id != new.id]
+    assert aside is not None
+    assert (aside.data, aside.record.end_reason) == ({"topic": "Lisbon"}, "overwritten")
+    assert [entry.content for entry in chats.history(aside.id)] == ["Hello"]
+
+
+def test_a_restore_that_signs_out_needs_the_key(make_app: MakeApp, new_url: Callable[[str], str], tmp_path: Path) -> None:
+    """It has to read who is signed in: without the key the session counts as failed, and is not restored as it is."""
+    sessions, keys = PersistSession(), {"PERSIST_SESSION_ENCRYPTION_KEYS": [KEY]}
+    source = make_app(new_url("sqlite"), **keys)
+    made = source.extensions["persist_session"].manager.create({"_user_id": "7", "cart": ["apple"]}, user_id=7)
+    with source.app_context():
+        path = sessions.backup(str(tmp_path / "backup.tar.gz")).path
+    target = new_url("file")
+    with make_app(target).app_context():
+        report = sessions.restore(path, sign_out=True)
+    assert (report.restored, report.failed) == (0, 1)
+    assert "missing in PERSIST_SESSION_ENCRYPTION_KEYS" in report.reasons[0]
+    whole = make_app(target, **keys)
+    with whole.app_context():
+        assert sessions.restore(path, sign_out=True).restored == 1
+    restored = whole.extensions["persist_session"].manager.existing(made.id)
+    assert (restored.data, restored.user_id, restored.record.data[0]) == ({"cart": ["apple"]}, None, 0x41)
+
+
+def test_a_cache_in_front_has_what_is_encrypted(clock: Clock) -> None:
+    """A copy of the cache of a ``CachedStore`` tells no more than one of the store."""
+    cache = SimpleCache()
+    manager = manager_on(CachedStore(open_store("memory://"), cache), clock, None, (KEY,))
+    created = manager.create({"secret": "buried treasure"}, metadata={"title": "readable"})
+    cache.clear()  # as if some time had passed since it was written
+    assert manager.existing(created.id).data == {"secret": "buried treasure"}
+    content = b"".join(value for _, value in cache._cache.values())
+    assert (b"readable" in content, b"buried" in content) == (True, False)
 
 
 def _bytes_of(url: str) -> bytes:
