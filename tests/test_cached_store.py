@@ -135,6 +135,12 @@ def test_a_missing_session_is_not_remembered(store: CachedStore, counting: Count
     assert store.get(RECORD.id) == RECORD
 
 
+def test_what_is_no_id_costs_nothing(store: CachedStore, counting: CountingStore, cache: SimpleCache) -> None:
+    """Neither the cache nor the store is asked for junk."""
+    assert store.get("junk") is None
+    assert (counting.operations, cache._cache) == ({}, {})
+
+
 # What was written counts ----------------------------------------------------------------------------------------------
 
 WRITES: dict[str, tuple[Callable[[SessionStore], object], SessionRecord | None]] = {
@@ -385,6 +391,17 @@ def test_a_cache_that_is_full(clock: Clock) -> None:
     assert store.get(RECORD.id) == ENDED
 
 
+def test_a_cache_that_takes_no_copy(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """One that goes down after it was asked costs a line in the log, too."""
+    cache = Failing()
+    store = CachedStore(MemoryStore(), cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    cache.mode = "raises"
+    assert store.get(RECORD.id) == RECORD
+    assert "the Failing failed: gone; the store is asked" in caplog.text
+
+
 @pytest.mark.parametrize("junk", [b"", b"junk", 7, "text", ["a"], b"x" * 16 + b"junk"], ids=repr)
 @pytest.mark.parametrize("entry", ["mark", "copy"])
 def test_an_unreadable_entry_is_a_miss(
@@ -557,6 +574,15 @@ def test_namespaces_have_their_own_copies(cached: CachedStore) -> None:
     assert chat.get(RECORD.id) is None
     cached.namespace("web").save(ENDED, expected=1)
     assert cached.get(RECORD.id) == ENDED
+
+
+def test_what_concerns_the_store_alone() -> None:
+    """Whether it is atomic, and how long it keeps what expired, is as the store has it."""
+    below = MemoryStore()
+    below.atomic = False
+    store = CachedStore(below, SimpleCache())
+    store.margin = 99.0
+    assert (store.atomic, below.margin, store.margin) == (False, 99.0, 99.0)
 
 
 def test_two_stores_in_one_cache(cached: CachedStore, cache: SimpleCache) -> None:
