@@ -427,6 +427,36 @@ def test_the_copy_of_another_session_is_a_miss(cached: CachedStore, cache: Simpl
     assert cached.get(RECORD.id) == RECORD
 
 
+class Slow(MemoryStore):
+    """Takes its time to save, and calls ``meanwhile`` before."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        self.meanwhile()
+        super().save(record, expected=expected)
+
+
+@pytest.mark.parametrize("ttl", [2, 1800])
+def test_a_slow_store_whose_writer_cannot_tell_the_cache(clock: Clock, ttl: float) -> None:
+    """Be it killed or cut off: a reader who came in the middle has put nothing there, as the session was closed before."""
+    cache, below = Failing(), Slow()
+    store = CachedStore(below, cache, ttl=ttl)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    store.get(RECORD.id)
+
+    def meanwhile() -> None:
+        clock.advance(min(ttl, 60))
+        assert [store.get(RECORD.id), store.get(RECORD.id)] == [RECORD, RECORD]
+        cache.mode = "raises"
+
+    below.meanwhile = meanwhile  # type: ignore[method-assign]
+    store.save(ENDED, expected=1)
+    cache.mode = ""
+    assert store.get(RECORD.id) == ENDED
+
+
 class Doubtful(MemoryStore):
     """Says that it failed, and does what was asked for later."""
 

@@ -4,13 +4,13 @@ A cache can get, set, add and delete; it cannot compare and set. So that no slow
 session has two entries: a *mark* and a *copy* of its record, and a copy counts only under the mark that it bears.
 
 * Whoever misses adds a new random mark, reads the store **then**, and puts the copy there, bearing that mark.
-* Whoever writes sets the mark to ``_CLOSED``, both before and after the store is changed. While a session is closed the
-  store is asked and nothing is put into the cache.
+* Whoever writes sets the mark to ``_CLOSED``, both before and after the store is changed: for long before, for a moment
+  after. While a session is closed the store is asked and nothing is put into the cache.
 
 A mark is never used twice. A copy that was read before a write bears a mark from before it, and however late it reaches the
 cache, nobody looks at it any more. An evicted mark does no harm for the same reason. The writer puts no copy of its own:
-of two writers the slower one would put the older record. Closing beforehand covers a writer that is killed after the store
-was changed and before it could tell the cache.
+of two writers the slower one would put the older record. Closing beforehand covers a writer that is killed, or cut off from
+the cache, after the store was changed and before it could tell the cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("flask_persist_session")
 
 #: Memcached takes longer times for moments.
 _LONGEST = 30 * 86400
-#: Seconds for which a session is read from the store after it was written; a killed writer must have been faster than that.
+#: Seconds for which a session is read from the store after it was written.
 _PAUSE = 5
 _CLOSED = b"closed"
 _MARK_SIZE = 16
@@ -199,8 +199,8 @@ class CachedStore(SessionStore):
     @contextmanager
     def _closed(self, session_ids: Sequence[str]) -> Iterator[None]:
         """Close the sessions while they are changed. After a failure a database may still be about to: keep them closed."""
-        self._close(session_ids, _PAUSE)
         pause = max(self._ttl, _PAUSE)
+        self._close(session_ids, pause)
         try:
             yield
             pause = _PAUSE
