@@ -35,7 +35,7 @@ from flask_persist_session import (
 )
 from flask_persist_session import envelope as envelope_module
 from flask_persist_session.config import Config
-from flask_persist_session.envelope import LARGEST_COMPRESSED, SMALLEST_COMPRESSED, Envelope
+from flask_persist_session.envelope import LARGEST_COMPRESSED, Envelope
 from flask_persist_session.serializers import SERIALIZERS, Codec
 from flask_persist_session.stores import open_store
 from flask_persist_session.testing import in_a_fork
@@ -134,9 +134,10 @@ def test_what_one_library_has_compressed_the_other_one_reads(monkeypatch: pytest
 
 
 def test_only_what_is_large_is_compressed(compress: str) -> None:
-    """A small payload would spare little and cost time."""
+    """A small payload would spare little and cost time; from 512 bytes on, as encoded, they are compressed."""
     one = codec(compress)
-    small, large = {"a": "x" * (SMALLEST_COMPRESSED - 20)}, {"a": "x" * SMALLEST_COMPRESSED}
+    small, large = ({"a": "x" * (size - 7)} for size in (511, 512))
+    assert (len(one.plain(small)), len(one.plain(large))) == (511, 512)
     assert one.encode(small) == one.plain(small)
     assert len(one.encode(large)) < 100
 
@@ -158,6 +159,17 @@ def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
     assert len(bomb) < 100_000
     with pytest.raises(SerializationError, match="more than 67,108,864 bytes"):
         codec().decode(bomb)
+
+
+def test_what_may_be_decompressed_ends_at_the_limit(compress: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just so many bytes are read, one more is refused."""
+    monkeypatch.setattr(envelope_module, "LARGEST_COMPRESSED", 1000)
+    most, more = ({"a": "x" * size} for size in (994, 995))
+    packed = [codec().plain(data)[1:] for data in (most, more)]
+    assert [len(content) for content in packed] == [1000, 1001]
+    assert codec().decode(_compressed(compress, packed[0])) == most
+    with pytest.raises(SerializationError, match="more than 1,000 bytes"):
+        codec().decode(_compressed(compress, packed[1]))
 
 
 @pytest.mark.parametrize("library", ["zstandard", "compression.zstd"])
