@@ -55,16 +55,10 @@ class _Zlib(Compression):
         return zlib.compress(content)
 
     def decompress(self, compressed: bytes) -> bytes:
-        inflate = zlib.decompressobj()
         try:
-            content = inflate.decompress(compressed, LARGEST_COMPRESSED + 1)
+            return _inflated(zlib.decompressobj(), compressed)
         except zlib.error as error:
             raise SerializationError(f"the compressed payload is damaged: {error}") from error
-        if len(content) > LARGEST_COMPRESSED:
-            raise _too_large()
-        if not inflate.eof or inflate.unused_data:
-            raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
-        return content
 
 
 class _Zstandard(Compression):
@@ -104,13 +98,19 @@ class _StandardZstandard(Compression):
     def decompress(self, compressed: bytes) -> bytes:
         try:
             _check_announced(self._zstd.get_frame_info(compressed).decompressed_size)
-            inflate = self._zstd.ZstdDecompressor()
-            content: bytes = inflate.decompress(compressed, LARGEST_COMPRESSED + 1)
+            return _inflated(self._zstd.ZstdDecompressor(), compressed)
         except self._zstd.ZstdError as error:
             raise SerializationError(f"the compressed payload is damaged: {error}") from error
-        if not inflate.eof or inflate.unused_data:
-            raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
-        return content
+
+
+def _inflated(decompressor: Any, compressed: bytes) -> bytes:
+    """All of *compressed*, by a decompressor of the standard library. Raises ``SerializationError`` if it is not whole."""
+    content: bytes = decompressor.decompress(compressed, LARGEST_COMPRESSED + 1)
+    if len(content) > LARGEST_COMPRESSED:
+        raise _too_large()
+    if not decompressor.eof or decompressor.unused_data:
+        raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
+    return content
 
 
 def _check_announced(size: int | None) -> None:

@@ -607,12 +607,15 @@ def test_namespaces_have_their_own_copies(cached: CachedStore) -> None:
 
 
 def test_what_concerns_the_store_alone() -> None:
-    """Whether it is atomic, and how long it keeps what expired, is as the store has it."""
-    below = MemoryStore()
+    """Whether it is atomic, and how long it keeps what expired, is as the store has it; closing closes it."""
+    below, closed = MemoryStore(), list[str]()
     below.atomic = False
+    below.close = lambda: closed.append("once")  # type: ignore[method-assign]
     store = CachedStore(below, SimpleCache())
     store.margin = 99.0
     assert (store.atomic, below.margin, store.margin) == (False, 99.0, 99.0)
+    store.close()
+    assert closed == ["once"]
 
 
 def test_two_stores_in_one_cache(cached: CachedStore, cache: SimpleCache) -> None:
@@ -673,6 +676,24 @@ def test_what_is_no_store_and_no_cache(given: Any) -> None:
     """What is no store or no cache is refused by its kind."""
     with pytest.raises(ConfigError, match=r"CachedStore was given (NullCache|dict|str)"):
         CachedStore(*given)
+
+
+def test_a_repair_makes_the_copy_void(new_url: NewURL, cache: SimpleCache, clock: Clock) -> None:
+    """What a check has mended is read from the store; what it only tells of is not."""
+    url = new_url("file")
+    counting = CountingStore(open_store(url))
+    store = CachedStore(counting, cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    store.get(RECORD.id)
+    [file] = Path(url.removeprefix("file://")).rglob("*.session")
+    file.write_bytes(b"junk" * 100)
+    counting.operations.clear()
+    assert [finding.repaired for finding in store.check(repair=False)] == [False]
+    assert store.get(RECORD.id) == RECORD
+    assert "get" not in counting.operations
+    assert all(finding.repaired for finding in store.check(repair=True))
+    assert store.get(RECORD.id) is None
 
 
 def test_backup_and_check_see_the_store(make_app: MakeApp, new_url: NewURL, tmp_path: Path) -> None:

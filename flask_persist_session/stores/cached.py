@@ -48,8 +48,8 @@ class CachedStore(SessionStore):
 
     :param cache: a ``cachelib`` cache that all processes share, such as a ``RedisCache``. With a ``SimpleCache``, which
         each process has for itself, what other processes change or end is seen up to *ttl* seconds late; a warning says so.
-    :param ttl: seconds for which a record is read from the cache, from 1 to 30 days. It also bounds what is lost by a
-        cache that could not be told of a write.
+    :param ttl: seconds for which a record is read from the cache, 1 to 2,592,000 (30 days). It also bounds what is lost by
+        a cache that could not be told of a write.
     :param namespace: that of *store*, if it was opened with another one.
     :param prefix: how keys in the cache begin: 1 to 100 printable characters of ASCII, no spaces. Two stores in one cache
         need different ones, otherwise the sessions of one are those of the other.
