@@ -323,6 +323,23 @@ def test_the_manager_gets_over_a_conflict(make_app: MakeApp, new_url: NewURL, cl
     assert dict(found.data) == {"one": 1, "two": 2, "three": 3}
 
 
+@pytest.mark.parametrize("end", ["end", "revoke", "delete"])
+def test_a_slow_request_revives_nothing(make_app: MakeApp, new_url: NewURL, clock: Clock, end: str) -> None:
+    """A request that read a copy before a sign-out stores nothing after it, and renews nothing."""
+    url, cache = new_url("sqlite"), SimpleCache()
+    here, there = (_manager(make_app(CachedStore(open_store(url), cache))) for _ in range(2))
+    made = here.create({"one": 1}, user_id="7")
+    clock.advance(6)
+    slow, slower = here.existing(made.id), here.existing(made.id)
+    getattr(there, end)(made.id)
+    slow.data["two"] = 2
+    assert here.save(slow) == "discarded"
+    here.clock = lambda: slower.expires_at - 1
+    assert here.save(slower, renew=True) == "unchanged"
+    clock.advance(6)
+    assert [manager.get(made.id) for manager in (here, there, here)] == [None] * 3
+
+
 def _manager(app: Flask) -> SessionManager:
     manager: SessionManager = app.extensions["persist_session"].manager
     return manager
@@ -410,6 +427,28 @@ def test_an_unreadable_entry_is_a_miss(
     """Whatever else is found in the cache costs a read of the store; afterwards there is a copy again."""
     cache.set(f"persist-cached:web:{entry}:{RECORD.id}", junk)
     assert [cached.get(RECORD.id) for _ in range(3)] == [RECORD] * 3
+    counting.operations.clear()
+    assert cached.get(RECORD.id) == RECORD
+    assert counting.operations == {}
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"cnosuchmodule\nThing\n.", b"cbuiltins\nnosuchname\n.", b"]."], ids=["cut", "module", "name", "list"]
+)
+@pytest.mark.parametrize("entry", ["mark", "copy"])
+def test_a_pickle_that_cannot_be_loaded_is_a_miss(
+    cached: CachedStore,
+    cache: SimpleCache,
+    counting: CountingStore,
+    entry: str,
+    raw: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Be it cut off or of a class that is gone; it is removed and logged, and then there is a copy again."""
+    key = f"persist-cached:web:{entry}:{RECORD.id}"
+    cache._cache[key] = cache._cache[key][0], raw
+    assert [cached.get(RECORD.id) for _ in range(3)] == [RECORD] * 3
+    assert f"session {RECORD.id} is removed, as it cannot be read" in caplog.text
     counting.operations.clear()
     assert cached.get(RECORD.id) == RECORD
     assert counting.operations == {}

@@ -9,9 +9,11 @@ import secrets
 import sqlite3
 import sys
 import tarfile
+import threading
 import zlib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -265,6 +267,19 @@ def test_forked_processes_never_use_a_nonce_twice() -> None:
     payloads = [in_a_fork(lambda: one.encode(LONG)) for _ in range(4)]
     assert len({payload[9:21] for payload in payloads}) == 4
     assert len({payload[1:9] for payload in payloads}) == 1  # the key's id stands before the nonce
+
+
+def test_threads_share_a_codec() -> None:
+    """Whatever others compress and encrypt meanwhile, each reads what it has written."""
+    one, start = codec("zstd", (KEY,)), threading.Barrier(8)
+
+    def differing(worker: int) -> list[int]:
+        start.wait(60)
+        written = [{"text": f"{worker} {number} " * number} for number in range(200)]
+        return [number for number, data in enumerate(written) if one.decode(one.encode(data)) != data]
+
+    with ThreadPoolExecutor(8) as workers:
+        assert list(workers.map(differing, range(8))) == [[]] * 8
 
 
 def test_a_payload_in_place_of_another_is_read(store: SessionStore, clock: Clock) -> None:
