@@ -222,6 +222,15 @@ def test_the_first_key_encrypts_and_all_decrypt() -> None:
     assert after.decode(rotating.encode(LONG)) == LONG
 
 
+def test_a_value_set_in_all_sessions_encrypts_them_anew(store: SessionStore, clock: Clock) -> None:
+    """So that an old key can go, and so that what was stored without keys is encrypted."""
+    made = [manager_on(store, clock, None, keys).create({"n": 1}) for keys in ((), (KEY,))]
+    assert manager_on(store, clock, None, (OTHER, KEY)).update_many(SessionQuery(), data={"_key": 2}) == 2
+    after = manager_on(store, clock, None, (OTHER,))
+    assert [after.existing(one.id).data for one in made] == [{"n": 1, "_key": 2}] * 2
+    assert [after.existing(one.id).record.data[0] for one in made] == [0x41, 0x41]
+
+
 @pytest.mark.parametrize("keys", [(), (OTHER,)])
 def test_a_missing_key_is_named_by_its_id(keys: tuple[str, ...]) -> None:
     """Not by its value; without it the payload cannot be read."""
