@@ -210,7 +210,7 @@ def _compression(key: str, value: Any) -> str | None:
 def _encryption_keys(key: str, value: Any) -> tuple[str | bytes, ...]:
     """None of the messages has a value: they are secret."""
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{key} is a {type(value).__name__}; allowed is a list of keys, the current one first")
+        raise ConfigError(f'{key} is a {type(value).__name__}; allowed is a list of keys, the current one first: ["…"]')
     for index, text in enumerate(value):
         with _named(f"{key}[{index}]"):
             open_cipher(key_bytes(text))
