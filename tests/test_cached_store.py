@@ -294,6 +294,29 @@ def test_two_writers_leave_the_last_record() -> None:
         assert [store.get(RECORD.id), store.get(RECORD.id)] == [below.get(RECORD.id)] * 2
 
 
+class Overtaken(SimpleCache):
+    """Has others do something just before a mark is added."""
+
+    others: Callable[[], object] = staticmethod(lambda: None)
+
+    def add(self, key: str, value: Any, timeout: Any = None) -> bool:
+        self.others()
+        return super().add(key, value, timeout)
+
+
+@pytest.mark.parametrize("mark", [b"closed", b"m" * 16], ids=["writer", "reader"])
+def test_a_reader_leaves_the_mark_of_who_was_faster(clock: Clock, mark: bytes) -> None:
+    """Be it that of another reader or of a writer, who may be killed before it could close the session once more."""
+    cache, key = Overtaken(), f"persist-cached:web:mark:{RECORD.id}"
+    store = CachedStore(MemoryStore(), cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    cache.others = lambda: cache.set(key, mark, 60)  # type: ignore[method-assign]
+    assert store.get(RECORD.id) == RECORD
+    assert cache.get(key) == mark
+    assert cache.get(f"persist-cached:web:copy:{RECORD.id}") is None
+
+
 # Conflicts ------------------------------------------------------------------------------------------------------------
 
 

@@ -535,6 +535,14 @@ def test_a_key_that_is_not_random_is_refused(wrong: str) -> None:
         read(encryption_keys=[wrong])
 
 
+def test_how_random_a_key_has_to_look() -> None:
+    """Twelve different bytes of its 32, which a random one lacks less often than once in 10²⁴ times."""
+    few, enough = (urlsafe_b64encode(bytes(n % different for n in range(32))).decode() for different in (11, 12))
+    with pytest.raises(ConfigError, match="this is no key"):
+        read(encryption_keys=[few])
+    assert read(encryption_keys=[enough]).encryption_keys == (enough,)
+
+
 def test_random_keys_are_taken() -> None:
     """Those of both programs that the documentation names, always."""
     keys = [secrets.token_urlsafe(32) for _ in range(500)] + [Fernet.generate_key() for _ in range(500)]
