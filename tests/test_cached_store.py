@@ -320,13 +320,17 @@ def test_a_reader_leaves_the_mark_of_who_was_faster(clock: Clock, mark: bytes) -
 # Conflicts ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_conflict_makes_the_copy_void(cached: CachedStore, counting: CountingStore) -> None:
+def test_a_conflict_makes_the_copy_void(cached: CachedStore, counting: CountingStore, clock: Clock) -> None:
     """Whoever changed the store past the cache is met with one conflict; the next get reads what is stored."""
     counting.store.save(ENDED, expected=1)
     assert cached.get(RECORD.id) == RECORD
     with pytest.raises(SessionConflict):
         cached.save(following(RECORD), expected=1)
     assert cached.get(RECORD.id) == ENDED
+    clock.advance(6)
+    counting.operations.clear()
+    assert [cached.get(RECORD.id), cached.get(RECORD.id)] == [ENDED, ENDED]
+    assert counting.operations == {"get": 1}
 
 
 def test_the_manager_gets_over_a_conflict(make_app: MakeApp, new_url: NewURL, clock: Clock) -> None:
