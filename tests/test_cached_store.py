@@ -392,6 +392,27 @@ def test_a_cache_that_is_down(kind: type[RedisCache], tmp_path: Path, caplog: py
     assert store.delete(RECORD.id) is True
 
 
+def test_a_cache_that_does_not_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a timeout its readers and writers go on without it, and the log says what may be read when it is back."""
+    server = RedisServer(tmp_path).start()
+    cache = RedisCache("127.0.0.1", server.port, socket_timeout=0.2, socket_connect_timeout=0.2, retry=None)
+    counting = CountingStore(MemoryStore())
+    store = CachedStore(counting, cache)
+    store.save(RECORD, expected=0)
+    _drop_closings(store)
+    store.get(RECORD.id)
+    try:
+        server.pause()
+        assert store.get(RECORD.id) == RECORD
+        assert "the store is asked" in caplog.text
+        store.save(ENDED, expected=1)
+        assert store.get(RECORD.id) == ENDED
+    finally:
+        server.resume()
+        server.stop()
+    assert "may be read for up to 1800 seconds" in caplog.text
+
+
 class Failing(SimpleCache):
     """Fails to store while ``mode`` says how, and then also to remove if it is ``"locked"``."""
 
