@@ -444,8 +444,8 @@ def test_a_cache_that_was_not_told(clock: Clock, caplog: pytest.LogCaptureFixtur
     assert store.get(RECORD.id) == ENDED
 
 
-def test_a_cache_that_is_full(clock: Clock) -> None:
-    """A cache that refuses what is new, as on a full disk, has the old removed."""
+def test_a_cache_that_is_full(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A cache that refuses what is new, as on a full disk, has the old removed, and nothing is warned of."""
     cache = Failing()
     store = CachedStore(MemoryStore(), cache)
     store.save(RECORD, expected=0)
@@ -454,6 +454,7 @@ def test_a_cache_that_is_full(clock: Clock) -> None:
     cache.mode = "refuses"
     store.save(ENDED, expected=1)
     assert store.get(RECORD.id) == ENDED
+    assert "did not store" not in caplog.text
 
 
 def test_a_cache_that_takes_no_copy(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
