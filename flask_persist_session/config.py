@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from .envelope import COMPRESSIONS, MAKE_KEY, key_bytes, open_cipher, open_compression
+from .envelope import COMPRESSIONS, key_bytes, open_cipher, open_compression
 from .exceptions import ConfigError
 from .serializers import SERIALIZERS
 
@@ -208,15 +208,12 @@ def _compression(key: str, value: Any) -> str | None:
 
 
 def _encryption_keys(key: str, value: Any) -> tuple[str | bytes, ...]:
-    """None of the messages has a value: they are secret, and so is what is nearly a key."""
+    """None of the messages has a value: they are secret."""
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{key} is a {type(value).__name__}; allowed is a list of keys, the current one first")
+        raise ConfigError(f'{key} is a {type(value).__name__}; allowed is a list of keys, the current one first: ["…"]')
     for index, text in enumerate(value):
-        decoded = key_bytes(text)
-        if decoded is None:
-            raise ConfigError(f"{key}[{index}] is no key: 32 random bytes in base64url. Make one with: {MAKE_KEY}")
-        with _named(key):
-            open_cipher(decoded)
+        with _named(f"{key}[{index}]"):
+            open_cipher(key_bytes(text))
     return tuple(value)
 
 
@@ -226,7 +223,7 @@ def _named(key: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error.__cause__
 
 
 def _store(key: str, value: Any) -> Any:

@@ -55,16 +55,10 @@ class _Zlib(Compression):
         return zlib.compress(content)
 
     def decompress(self, compressed: bytes) -> bytes:
-        inflate = zlib.decompressobj()
         try:
-            content = inflate.decompress(compressed, LARGEST_COMPRESSED + 1)
+            return _inflated(zlib.decompressobj(), compressed)
         except zlib.error as error:
             raise SerializationError(f"the compressed payload is damaged: {error}") from error
-        if len(content) > LARGEST_COMPRESSED:
-            raise _too_large()
-        if not inflate.eof or inflate.unused_data:
-            raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
-        return content
 
 
 class _Zstandard(Compression):
@@ -104,13 +98,19 @@ class _StandardZstandard(Compression):
     def decompress(self, compressed: bytes) -> bytes:
         try:
             _check_announced(self._zstd.get_frame_info(compressed).decompressed_size)
-            inflate = self._zstd.ZstdDecompressor()
-            content: bytes = inflate.decompress(compressed, LARGEST_COMPRESSED + 1)
+            return _inflated(self._zstd.ZstdDecompressor(), compressed)
         except self._zstd.ZstdError as error:
             raise SerializationError(f"the compressed payload is damaged: {error}") from error
-        if not inflate.eof or inflate.unused_data:
-            raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
-        return content
+
+
+def _inflated(decompressor: Any, compressed: bytes) -> bytes:
+    """All of *compressed*, by a decompressor of the standard library. Raises ``SerializationError`` if it is not whole."""
+    content: bytes = decompressor.decompress(compressed, LARGEST_COMPRESSED + 1)
+    if len(content) > LARGEST_COMPRESSED:
+        raise _too_large()
+    if not decompressor.eof or decompressor.unused_data:
+        raise SerializationError("the compressed payload is damaged: it is cut off, or something follows it")
+    return content
 
 
 def _check_announced(size: int | None) -> None:
@@ -141,19 +141,29 @@ def open_compression(name: str) -> Compression:
 
 # Encryption -----------------------------------------------------------------------------------------------------------
 
-#: How to make a key, for the messages about those that are none.
-MAKE_KEY = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _KEY = re.compile(r"[A-Za-z0-9_-]{43}=?", re.ASCII)
+_NO_KEY = (
+    "this is no key: 32 random bytes in base64url. Make one with: "
+    'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+)
+#: Less than one in 10²⁴ random keys has fewer different bytes; those made by hand, such as 43 times A, have.
+_FEWEST_BYTES = 12
 _ID, _NONCE, _TAG = 8, 12, 16
 
 
-def key_bytes(text: object) -> bytes | None:
-    """The 32 bytes of a key that ``MAKE_KEY`` or ``Fernet.generate_key`` has made; ``None`` for what is no key."""
+def key_bytes(text: object) -> bytes:
+    """The 32 bytes of a key that ``secrets.token_urlsafe(32)`` or ``Fernet.generate_key()`` has made.
+
+    Raises ``ConfigError`` for what is no key, without saying what it is: that is secret, and so is what is nearly a key.
+    """
     if isinstance(text, bytes):
         text = text.decode("latin-1")
     if not isinstance(text, str) or not _KEY.fullmatch(text):
-        return None
-    return urlsafe_b64decode(text[:43] + "=")
+        raise ConfigError(_NO_KEY)
+    key = urlsafe_b64decode(text[:43] + "=")
+    if len(set(key)) < _FEWEST_BYTES:
+        raise ConfigError(_NO_KEY)
+    return key
 
 
 def open_cipher(key: bytes) -> AESGCM:
@@ -194,14 +204,14 @@ class Envelope:
     """Compresses and encrypts payloads as the settings want, and opens those that were made with other settings.
 
     *compress* is one of ``COMPRESSIONS`` or ``None``, *keys* are as in the setting: the first one encrypts, all decrypt.
-    Raises ``ConfigError`` for what is not installed.
+    Raises ``ConfigError`` for what is no key, and for what is not installed.
     """
 
     def __init__(self, compress: str | None = None, keys: Sequence[str | bytes] = ()) -> None:
         self._compression = open_compression(compress) if compress else None
         #: By their bits, each opened when it is first met: to look for a missing module takes longer than its work.
         self._compressions = {one.bits: one for one in [self._compression] if one}
-        ring = [_Key(key) for key in map(key_bytes, keys) if key is not None]
+        ring = [_Key(key_bytes(key)) for key in keys]
         self._current = ring[0] if ring else None
         self._keys = {key.id: key for key in ring}
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import cachelib.simple
 import pytest
-from cachelib import FileSystemCache, NullCache, RedisCache, SimpleCache
+from cachelib import BaseCache, FileSystemCache, NullCache, RedisCache, SimpleCache
+from cachelib.valkey import ValkeyCache
 from flask import Flask, session
 
 from flask_persist_session import (
@@ -132,6 +133,12 @@ def test_a_missing_session_is_not_remembered(store: CachedStore, counting: Count
     assert store.get(RECORD.id) is None
     counting.store.save(RECORD, expected=0)
     assert store.get(RECORD.id) == RECORD
+
+
+def test_what_is_no_id_costs_nothing(store: CachedStore, counting: CountingStore, cache: SimpleCache) -> None:
+    """Neither the cache nor the store is asked for junk."""
+    assert store.get("junk") is None
+    assert (counting.operations, cache._cache) == ({}, {})
 
 
 # What was written counts ----------------------------------------------------------------------------------------------
@@ -287,16 +294,43 @@ def test_two_writers_leave_the_last_record() -> None:
         assert [store.get(RECORD.id), store.get(RECORD.id)] == [below.get(RECORD.id)] * 2
 
 
+class Overtaken(SimpleCache):
+    """Has others do something just before a mark is added."""
+
+    others: Callable[[], object] = staticmethod(lambda: None)
+
+    def add(self, key: str, value: Any, timeout: Any = None) -> bool:
+        self.others()
+        return super().add(key, value, timeout)
+
+
+@pytest.mark.parametrize("mark", [b"closed", b"m" * 16], ids=["writer", "reader"])
+def test_a_reader_leaves_the_mark_of_who_was_faster(clock: Clock, mark: bytes) -> None:
+    """Be it that of another reader or of a writer, who may be killed before it could close the session once more."""
+    cache, key = Overtaken(), f"persist-cached:web:mark:{RECORD.id}"
+    store = CachedStore(MemoryStore(), cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    cache.others = lambda: cache.set(key, mark, 60)  # type: ignore[method-assign]
+    assert store.get(RECORD.id) == RECORD
+    assert cache.get(key) == mark
+    assert cache.get(f"persist-cached:web:copy:{RECORD.id}") is None
+
+
 # Conflicts ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_conflict_makes_the_copy_void(cached: CachedStore, counting: CountingStore) -> None:
+def test_a_conflict_makes_the_copy_void(cached: CachedStore, counting: CountingStore, clock: Clock) -> None:
     """Whoever changed the store past the cache is met with one conflict; the next get reads what is stored."""
     counting.store.save(ENDED, expected=1)
     assert cached.get(RECORD.id) == RECORD
     with pytest.raises(SessionConflict):
         cached.save(following(RECORD), expected=1)
     assert cached.get(RECORD.id) == ENDED
+    clock.advance(6)
+    counting.operations.clear()
+    assert [cached.get(RECORD.id), cached.get(RECORD.id)] == [ENDED, ENDED]
+    assert counting.operations == {"get": 1}
 
 
 def test_the_manager_gets_over_a_conflict(make_app: MakeApp, new_url: NewURL, clock: Clock) -> None:
@@ -316,6 +350,23 @@ def test_the_manager_gets_over_a_conflict(make_app: MakeApp, new_url: NewURL, cl
     assert dict(found.data) == {"one": 1, "two": 2, "three": 3}
 
 
+@pytest.mark.parametrize("end", ["end", "revoke", "delete"])
+def test_a_slow_request_revives_nothing(make_app: MakeApp, new_url: NewURL, clock: Clock, end: str) -> None:
+    """A request that read a copy before a sign-out stores nothing after it, and renews nothing."""
+    url, cache = new_url("sqlite"), SimpleCache()
+    here, there = (_manager(make_app(CachedStore(open_store(url), cache))) for _ in range(2))
+    made = here.create({"one": 1}, user_id="7")
+    clock.advance(6)
+    slow, slower = here.existing(made.id), here.existing(made.id)
+    getattr(there, end)(made.id)
+    slow.data["two"] = 2
+    assert here.save(slow) == "discarded"
+    here.clock = lambda: slower.expires_at - 1
+    assert here.save(slower, renew=True) == "unchanged"
+    clock.advance(6)
+    assert [manager.get(made.id) for manager in (here, there, here)] == [None] * 3
+
+
 def _manager(app: Flask) -> SessionManager:
     manager: SessionManager = app.extensions["persist_session"].manager
     return manager
@@ -324,20 +375,42 @@ def _manager(app: Flask) -> SessionManager:
 # A cache that fails ---------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_is_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [RedisCache, ValkeyCache])
+def test_a_cache_that_is_down(kind: type[RedisCache], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without its cache a store goes on, with a line in the log for each miss."""
     server = RedisServer(tmp_path).start()
-    store = CachedStore(MemoryStore(), RedisCache("127.0.0.1", server.port, retry=None))
+    store = CachedStore(MemoryStore(), kind("127.0.0.1", server.port, retry=None))
     try:
         store.save(RECORD, expected=0)
     finally:
         server.stop()
     assert store.get(RECORD.id) == RECORD
-    assert "the RedisCache failed" in caplog.text
+    assert f"the {kind.__name__} failed" in caplog.text
     assert "the store is asked" in caplog.text
     store.save(ENDED, expected=1)
     assert store.get(RECORD.id) == ENDED
     assert store.delete(RECORD.id) is True
+
+
+def test_a_cache_that_does_not_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a timeout its readers and writers go on without it, and the log says what may be read when it is back."""
+    server = RedisServer(tmp_path).start()
+    cache = RedisCache("127.0.0.1", server.port, socket_timeout=0.2, socket_connect_timeout=0.2, retry=None)
+    counting = CountingStore(MemoryStore())
+    store = CachedStore(counting, cache)
+    store.save(RECORD, expected=0)
+    _drop_closings(store)
+    store.get(RECORD.id)
+    try:
+        server.pause()
+        assert store.get(RECORD.id) == RECORD
+        assert "the store is asked" in caplog.text
+        store.save(ENDED, expected=1)
+        assert store.get(RECORD.id) == ENDED
+    finally:
+        server.resume()
+        server.stop()
+    assert "may be read for up to 1800 seconds" in caplog.text
 
 
 class Failing(SimpleCache):
@@ -371,8 +444,8 @@ def test_a_cache_that_was_not_told(clock: Clock, caplog: pytest.LogCaptureFixtur
     assert store.get(RECORD.id) == ENDED
 
 
-def test_a_cache_that_is_full(clock: Clock) -> None:
-    """A cache that refuses what is new, as on a full disk, has the old removed."""
+def test_a_cache_that_is_full(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A cache that refuses what is new, as on a full disk, has the old removed, and nothing is warned of."""
     cache = Failing()
     store = CachedStore(MemoryStore(), cache)
     store.save(RECORD, expected=0)
@@ -381,6 +454,18 @@ def test_a_cache_that_is_full(clock: Clock) -> None:
     cache.mode = "refuses"
     store.save(ENDED, expected=1)
     assert store.get(RECORD.id) == ENDED
+    assert "did not store" not in caplog.text
+
+
+def test_a_cache_that_takes_no_copy(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """One that goes down after it was asked costs a line in the log, too."""
+    cache = Failing()
+    store = CachedStore(MemoryStore(), cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    cache.mode = "raises"
+    assert store.get(RECORD.id) == RECORD
+    assert "the Failing failed: gone; the store is asked" in caplog.text
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", 7, "text", ["a"], b"x" * 16 + b"junk"], ids=repr)
@@ -396,6 +481,28 @@ def test_an_unreadable_entry_is_a_miss(
     assert counting.operations == {}
 
 
+@pytest.mark.parametrize(
+    "raw", [b"", b"cnosuchmodule\nThing\n.", b"cbuiltins\nnosuchname\n.", b"]."], ids=["cut", "module", "name", "list"]
+)
+@pytest.mark.parametrize("entry", ["mark", "copy"])
+def test_a_pickle_that_cannot_be_loaded_is_a_miss(
+    cached: CachedStore,
+    cache: SimpleCache,
+    counting: CountingStore,
+    entry: str,
+    raw: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Be it cut off or of a class that is gone; it is removed and logged, and then there is a copy again."""
+    key = f"persist-cached:web:{entry}:{RECORD.id}"
+    cache._cache[key] = cache._cache[key][0], raw
+    assert [cached.get(RECORD.id) for _ in range(3)] == [RECORD] * 3
+    assert f"session {RECORD.id} is removed, as it cannot be read" in caplog.text
+    counting.operations.clear()
+    assert cached.get(RECORD.id) == RECORD
+    assert counting.operations == {}
+
+
 def test_the_copy_of_another_session_is_a_miss(cached: CachedStore, cache: SimpleCache, clock: Clock) -> None:
     """A copy that says that it is another session's is none."""
     other = make_record(1)
@@ -406,6 +513,36 @@ def test_the_copy_of_another_session_is_a_miss(cached: CachedStore, cache: Simpl
     cache.set(f"persist-cached:web:mark:{RECORD.id}", mark)
     cache.set(f"persist-cached:web:copy:{RECORD.id}", copy)
     assert cached.get(RECORD.id) == RECORD
+
+
+class Slow(MemoryStore):
+    """Takes its time to save, and calls ``meanwhile`` before."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def save(self, record: SessionRecord, *, expected: int) -> None:
+        self.meanwhile()
+        super().save(record, expected=expected)
+
+
+@pytest.mark.parametrize("ttl", [2, 1800])
+def test_a_slow_store_whose_writer_cannot_tell_the_cache(clock: Clock, ttl: float) -> None:
+    """Be it killed or cut off: a reader who came in the middle has put nothing there, as the session was closed before."""
+    cache, below = Failing(), Slow()
+    store = CachedStore(below, cache, ttl=ttl)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    store.get(RECORD.id)
+
+    def meanwhile() -> None:
+        clock.advance(min(ttl, 60))
+        assert [store.get(RECORD.id), store.get(RECORD.id)] == [RECORD, RECORD]
+        cache.mode = "raises"
+
+    below.meanwhile = meanwhile  # type: ignore[method-assign]
+    store.save(ENDED, expected=1)
+    cache.mode = ""
+    assert store.get(RECORD.id) == ENDED
 
 
 class Doubtful(MemoryStore):
@@ -445,15 +582,68 @@ def _drop_closings(store: CachedStore) -> None:
     store._cache.delete(f"persist-cached:web:mark:{RECORD.id}")
 
 
-def test_ended_by_another_process(new_url: NewURL, tmp_path: Path) -> None:
+@pytest.fixture(params=[FileSystemCache, RedisCache, ValkeyCache])
+def shared_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], BaseCache]]:
+    """Makes caches of one kind that all reach the same entries."""
+    if request.param is FileSystemCache:
+        yield lambda: FileSystemCache(str(tmp_path / "cache"), threshold=0)
+        return
+    server = RedisServer(tmp_path).start()
+    try:
+        yield lambda: request.param("127.0.0.1", server.port)
+    finally:
+        server.stop()
+
+
+def test_ended_by_another_process(new_url: NewURL, shared_cache: Callable[[], BaseCache]) -> None:
     """What one process ends another one does not read from the cache."""
     url = new_url("sqlite")
-    store = _open_in(url, tmp_path / "cache")
+    counting = CountingStore(open_store(url))
+    store = CachedStore(counting, shared_cache())
     store.save(RECORD, expected=0)
     _drop_closings(store)
-    assert store.get(RECORD.id) == RECORD
-    in_a_fork(lambda: _open_in(url, tmp_path / "cache").save(ENDED, expected=1))
+    assert [store.get(RECORD.id), store.get(RECORD.id)] == [RECORD, RECORD]
+    assert counting.operations["get"] == 1
+    in_a_fork(lambda: CachedStore(open_store(url), shared_cache()).save(ENDED, expected=1))
     assert store.get(RECORD.id) == ENDED
+
+
+class _Held(CountingStore):
+    """Has read a record, and comes back with it when it may."""
+
+    def __init__(self, store: SessionStore) -> None:
+        super().__init__(store)
+        self.read, self.go = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        record = self.store.get(session_id)
+        self.read.set()
+        assert self.go.wait(60)
+        return record
+
+
+@pytest.mark.parametrize("cached_again", [False, True])
+def test_a_slow_reader_of_another_process(
+    new_url: NewURL, shared_cache: Callable[[], BaseCache], cached_again: bool
+) -> None:
+    """What it read before a sign-out and brings to the cache long after that, nobody reads."""
+    url = new_url("sqlite")
+    store = CachedStore(open_store(url), shared_cache())
+    store.save(RECORD, expected=0)
+    _drop_closings(store)
+    slow = _Held(open_store(url))
+    behind = CachedStore(slow, shared_cache())
+    reader = multiprocessing.get_context("fork").Process(target=behind.get, args=[RECORD.id])
+    reader.start()
+    assert slow.read.wait(60)
+    store.save(ENDED, expected=1)
+    _drop_closings(store)
+    if cached_again:
+        store.get(RECORD.id)
+    slow.go.set()
+    reader.join(60)
+    assert reader.exitcode == 0
+    assert [store.get(RECORD.id), store.get(RECORD.id)] == [ENDED, ENDED]
 
 
 class _KilledAfterSaving(CountingStore):
@@ -504,6 +694,18 @@ def test_namespaces_have_their_own_copies(cached: CachedStore) -> None:
     assert cached.get(RECORD.id) == ENDED
 
 
+def test_what_concerns_the_store_alone() -> None:
+    """Whether it is atomic, and how long it keeps what expired, is as the store has it; closing closes it."""
+    below, closed = MemoryStore(), list[str]()
+    below.atomic = False
+    below.close = lambda: closed.append("once")  # type: ignore[method-assign]
+    store = CachedStore(below, SimpleCache())
+    store.margin = 99.0
+    assert (store.atomic, below.margin, store.margin) == (False, 99.0, 99.0)
+    store.close()
+    assert closed == ["once"]
+
+
 def test_two_stores_in_one_cache(cached: CachedStore, cache: SimpleCache) -> None:
     """With a prefix of its own another store finds nothing of this one."""
     assert CachedStore(MemoryStore(), cache, prefix="other").get(RECORD.id) is None
@@ -518,11 +720,39 @@ def test_a_cache_of_one_process_is_warned_of(caplog: pytest.LogCaptureFixture, t
     assert "up to 20 seconds late" in record.getMessage()
 
 
-@pytest.mark.parametrize("ttl", [0, 0.5, -1, 31 * 86400, float("nan"), float("inf")])
-def test_a_ttl_that_is_none(ttl: float) -> None:
-    """A ttl is refused that a cache takes for no time, or for a moment."""
+@pytest.mark.parametrize("ttl", [0, 0.5, -1, 30 * 86400 + 1, float("nan"), float("inf"), "30m", "60", None, True, [60]])
+def test_a_ttl_that_is_none(ttl: Any) -> None:
+    """A ttl is refused that a cache takes for no time, or for a moment, and what is no number."""
     with pytest.raises(ConfigError, match=r"ttl of CachedStore is .*allowed"):
         CachedStore(MemoryStore(), SimpleCache(), ttl=ttl)
+
+
+@pytest.mark.parametrize("ttl", [1, 1.9, 30 * 86400])
+def test_a_ttl_of_a_second_to_thirty_days(ttl: float) -> None:
+    """The shortest and the longest time are allowed."""
+    CachedStore(MemoryStore(), SimpleCache(), ttl=ttl)
+
+
+@pytest.mark.parametrize("prefix", ["", "two words", "line\n", "é", "x" * 101, None, 7])
+def test_a_prefix_that_is_none(prefix: Any) -> None:
+    """A prefix is refused of which not every cache makes keys, memcached for one."""
+    with pytest.raises(ConfigError, match=r"prefix of CachedStore is .*allowed is text of 1 to 100"):
+        CachedStore(MemoryStore(), SimpleCache(), prefix=prefix)
+
+
+def test_a_namespace_that_is_none() -> None:
+    """It is refused as by ``open_store``."""
+    with pytest.raises(ConfigError, match="the namespace 'Chat' is not made of"):
+        CachedStore(MemoryStore(), SimpleCache(), namespace="Chat")
+
+
+def test_the_longest_key_fits_into_memcached() -> None:
+    """It takes keys of up to 250 characters."""
+    keys: list[str] = []
+    cache = SimpleCache()
+    cache.get_many = lambda *given: keys.extend(given) or [None, None]  # type: ignore[method-assign,func-returns-value]
+    CachedStore(MemoryStore(), cache, prefix="x" * 100, namespace="n" * 40).get(RECORD.id)
+    assert [len(key) <= 250 for key in keys] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -534,6 +764,24 @@ def test_what_is_no_store_and_no_cache(given: Any) -> None:
     """What is no store or no cache is refused by its kind."""
     with pytest.raises(ConfigError, match=r"CachedStore was given (NullCache|dict|str)"):
         CachedStore(*given)
+
+
+def test_a_repair_makes_the_copy_void(new_url: NewURL, cache: SimpleCache, clock: Clock) -> None:
+    """What a check has mended is read from the store; what it only tells of is not."""
+    url = new_url("file")
+    counting = CountingStore(open_store(url))
+    store = CachedStore(counting, cache)
+    store.save(RECORD, expected=0)
+    clock.advance(6)
+    store.get(RECORD.id)
+    [file] = Path(url.removeprefix("file://")).rglob("*.session")
+    file.write_bytes(b"junk" * 100)
+    counting.operations.clear()
+    assert [finding.repaired for finding in store.check(repair=False)] == [False]
+    assert store.get(RECORD.id) == RECORD
+    assert "get" not in counting.operations
+    assert all(finding.repaired for finding in store.check(repair=True))
+    assert store.get(RECORD.id) is None
 
 
 def test_backup_and_check_see_the_store(make_app: MakeApp, new_url: NewURL, tmp_path: Path) -> None:

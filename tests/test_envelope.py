@@ -5,21 +5,28 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import secrets
 import sqlite3
 import sys
 import tarfile
+import threading
 import zlib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from cachelib import SimpleCache
+from cryptography.fernet import Fernet
 from flask import Flask, session
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_persist_session import (
+    CachedStore,
     ConfigError,
     PersistSession,
     SerializationError,
@@ -30,9 +37,10 @@ from flask_persist_session import (
 )
 from flask_persist_session import envelope as envelope_module
 from flask_persist_session.config import Config
-from flask_persist_session.envelope import LARGEST_COMPRESSED, SMALLEST_COMPRESSED, Envelope
+from flask_persist_session.envelope import LARGEST_COMPRESSED, Envelope
 from flask_persist_session.serializers import SERIALIZERS, Codec
 from flask_persist_session.stores import open_store
+from flask_persist_session.testing import in_a_fork
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
 
@@ -82,6 +90,25 @@ def test_any_data_comes_back_compressed_and_encrypted(data: dict[str, Any]) -> N
         assert one.unchanged(one.plain(data), payload)
 
 
+@pytest.mark.parametrize(
+    ("stored", "data"),
+    [
+        ("0181a16101", {"a": 1}),
+        ("11789c6b5c98788b292269148c021a00001723e868", {"a": "b" * 600}),
+        ("2128b52ffd605e017500003881a161da0258620100542a6004", {"a": "b" * 600}),
+        ("41763710311415caef012dfb283eac719cf832609bfefdaacc1973559fae1a10e77d1da267d3b21640", {"a": 1}),
+        (
+            "51763710311415caeff8270c9ac011d06b26ad7915dab1c1787be72e836e340364fe002bc0f115c59bd8216abdc62cb417fc8d91715f87c570",
+            {"a": "b" * 600},
+        ),
+    ],
+    ids=["plain", "zlib", "zstd", "encrypted", "both"],
+)
+def test_what_an_earlier_version_stored_is_read(stored: str, data: dict[str, Any]) -> None:
+    """These bytes are in somebody's store; whoever changes this test loses sessions."""
+    assert codec(None, (KEY,)).decode(bytes.fromhex(stored)) == data
+
+
 def test_without_settings_payloads_are_as_they_were() -> None:
     """The leading byte and the encoded data, nothing else."""
     assert codec().encode({"a": 1}) == codec().plain({"a": 1}) == b"\x01\x81\xa1a\x01"
@@ -97,16 +124,45 @@ def test_an_envelope_of_a_newer_version_is_unknown() -> None:
 # Compression ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def _only(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing but this library for zstd, as it is on other installations."""
+    if library == "compression.zstd" and sys.version_info < (3, 14):
+        monkeypatch.setitem(sys.modules, "compression", ModuleType("compression"))
+        monkeypatch.setitem(sys.modules, library, importlib.import_module("backports.zstd"))  # the same, for older Pythons
+    for other in {"zstandard", "compression.zstd"} - {library}:
+        monkeypatch.setitem(sys.modules, other, None)
+
+
+@pytest.fixture(params=["zlib", "zstandard", "compression.zstd"])
+def compress(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to compress, zstd with either library."""
+    _only(request.param, monkeypatch)
+    return "zlib" if request.param == "zlib" else "zstd"
+
+
+def test_what_one_library_has_compressed_the_other_one_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a newer Python, or another package, loses no session."""
+    payloads = []
+    for library in "zstandard", "compression.zstd":
+        with monkeypatch.context() as only:
+            _only(library, only)
+            payloads.append(codec("zstd").encode(LONG))
+    for library in "compression.zstd", "zstandard":
+        with monkeypatch.context() as only:
+            _only(library, only)
+            assert [codec().decode(payload) for payload in payloads] == [LONG, LONG]
+    assert [payload[0] for payload in payloads] == [0x21, 0x21]
+
+
 def test_only_what_is_large_is_compressed(compress: str) -> None:
-    """A small payload would spare little and cost time."""
+    """A small payload would spare little and cost time; from 512 bytes on, as encoded, they are compressed."""
     one = codec(compress)
-    small, large = {"a": "x" * (SMALLEST_COMPRESSED - 20)}, {"a": "x" * SMALLEST_COMPRESSED}
+    small, large = ({"a": "x" * (size - 7)} for size in (511, 512))
+    assert (len(one.plain(small)), len(one.plain(large))) == (511, 512)
     assert one.encode(small) == one.plain(small)
     assert len(one.encode(large)) < 100
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_what_does_not_get_smaller_stays_as_it_is(compress: str) -> None:
     """Random bytes, for example."""
     one, data = codec(compress), {"a": os.urandom(2000)}
@@ -118,7 +174,6 @@ def _compressed(compress: str, content: bytes) -> bytes:
     return bytes([0x01 | compression.bits]) + compression.compress(content)
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
     """A few bytes that would become a hundred million are refused."""
     bomb = _compressed(compress, bytes(LARGEST_COMPRESSED + 1))
@@ -127,9 +182,22 @@ def test_a_bomb_is_a_corrupt_record(compress: str) -> None:
         codec().decode(bomb)
 
 
-def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record() -> None:
+def test_what_may_be_decompressed_ends_at_the_limit(compress: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just so many bytes are read, one more is refused."""
+    monkeypatch.setattr(envelope_module, "LARGEST_COMPRESSED", 1000)
+    most, more = ({"a": "x" * size} for size in (994, 995))
+    packed = [codec().plain(data)[1:] for data in (most, more)]
+    assert [len(content) for content in packed] == [1000, 1001]
+    assert codec().decode(_compressed(compress, packed[0])) == most
+    with pytest.raises(SerializationError, match="more than 1,000 bytes"):
+        codec().decode(_compressed(compress, packed[1]))
+
+
+@pytest.mark.parametrize("library", ["zstandard", "compression.zstd"])
+def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So is a frame of zstd that says nothing of its size, or less than it takes."""
     zstandard = importlib.import_module("zstandard")
+    _only(library, monkeypatch)
     silent = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10_000))
     liar = bytearray(zstandard.ZstdCompressor().compress(bytes(10_000)))
     at = liar.index((10_000 - 256).to_bytes(2, "little"))
@@ -139,7 +207,6 @@ def test_a_bomb_that_lies_about_its_size_is_a_corrupt_record() -> None:
             codec().decode(b"\x21" + frame)
 
 
-@pytest.mark.parametrize("compress", ["zlib", "zstd"])
 def test_a_damaged_compressed_payload_is_a_corrupt_record(compress: str) -> None:
     """Cut off anywhere, followed by something, or no such thing at all."""
     payload = _compressed(compress, codec().plain(LONG)[1:])
@@ -172,6 +239,15 @@ def test_the_first_key_encrypts_and_all_decrypt() -> None:
     before, rotating, after = codec(None, (KEY,)), codec(None, (OTHER, KEY)), codec(None, (OTHER,))
     assert rotating.decode(before.encode(LONG)) == LONG
     assert after.decode(rotating.encode(LONG)) == LONG
+
+
+def test_a_value_set_in_all_sessions_encrypts_them_anew(store: SessionStore, clock: Clock) -> None:
+    """So that an old key can go, and so that what was stored without keys is encrypted."""
+    made = [manager_on(store, clock, None, keys).create({"n": 1}) for keys in ((), (KEY,))]
+    assert manager_on(store, clock, None, (OTHER, KEY)).update_many(SessionQuery(), data={"_key": 2}) == 2
+    after = manager_on(store, clock, None, (OTHER,))
+    assert [after.existing(one.id).data for one in made] == [{"n": 1, "_key": 2}] * 2
+    assert [after.existing(one.id).record.data[0] for one in made] == [0x41, 0x41]
 
 
 @pytest.mark.parametrize("keys", [(), (OTHER,)])
@@ -210,6 +286,28 @@ def test_the_same_data_is_never_encrypted_alike() -> None:
     """Nobody sees in the store that two sessions hold the same."""
     one = codec(None, (KEY,))
     assert len({one.encode(LONG) for _ in range(100)}) == 100
+
+
+def test_forked_processes_never_use_a_nonce_twice() -> None:
+    """Workers that were forked with one codec begin in the same state, and encrypt differently all the same."""
+    one = codec(None, (KEY,))
+    one.encode(LONG)
+    payloads = [in_a_fork(lambda: one.encode(LONG)) for _ in range(4)]
+    assert len({payload[9:21] for payload in payloads}) == 4
+    assert len({payload[1:9] for payload in payloads}) == 1  # the key's id stands before the nonce
+
+
+def test_threads_share_a_codec() -> None:
+    """Whatever others compress and encrypt meanwhile, each reads what it has written."""
+    one, start = codec("zstd", (KEY,)), threading.Barrier(8)
+
+    def differing(worker: int) -> list[int]:
+        start.wait(60)
+        written = [{"text": f"{worker} {number} " * number} for number in range(200)]
+        return [number for number, data in enumerate(written) if one.decode(one.encode(data)) != data]
+
+    with ThreadPoolExecutor(8) as workers:
+        assert list(workers.map(differing, range(8))) == [[]] * 8
 
 
 def test_a_payload_in_place_of_another_is_read(store: SessionStore, clock: Clock) -> None:
@@ -314,6 +412,67 @@ def test_a_missing_key_costs_that_one_session(make_app: MakeApp, new_url: Callab
     assert again.existing(made.id).data == {"a": 1}
 
 
+def test_a_check_tells_what_needs_a_missing_key(make_app: MakeApp, new_url: Callable[[str], str]) -> None:
+    """Run with the setting that lacks it; a repair leaves the session as it is."""
+    url = new_url("sqlite")
+    sessions, whole = PersistSession(), make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER, KEY])
+    manager = whole.extensions["persist_session"].manager
+    old = manager_on(manager.store, Clock(), None, (KEY,)).create({"a": 1})
+    manager.create({"b": 2})
+    with make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[OTHER]).app_context():
+        for repair in False, True:
+            report = sessions.check(repair=repair)
+            assert [(found.kind, found.where, found.repaired) for found in report.findings] == [("data", old.id, False)]
+    with whole.app_context():
+        assert sessions.check().found == 0
+
+
+def test_a_session_of_a_key_that_cannot_be_read_is_kept_beside(
+    make_app: MakeApp, new_url: Callable[[str], str], clock: Clock
+) -> None:
+    """While its encryption key is missing a new one takes its place; it is not lost, nor is what was said."""
+    url, sessions = new_url("sqlite"), PersistSession()
+    chats = sessions.namespace("chat", app=make_app(url, PERSIST_SESSION_ENCRYPTION_KEYS=[KEY]))
+    old = chats.resume_or_create(key="thread", user_id=7, data={"topic": "Lisbon"})
+    chats.history(old.id).append({"role": "user", "content": "Hello"})
+    new = sessions.namespace("chat", app=make_app(url)).resume_or_create(key="thread", user_id=7)
+    assert (new.new, new.id) == (True, old.id)
+    [aside] = [chats.load(record.id) for record in chats.store.scan() if record.id != new.id]
+    assert aside is not None
+    assert (aside.data, aside.record.end_reason) == ({"topic": "Lisbon"}, "overwritten")
+    assert [entry.content for entry in chats.history(aside.id)] == ["Hello"]
+
+
+def test_a_restore_that_signs_out_needs_the_key(make_app: MakeApp, new_url: Callable[[str], str], tmp_path: Path) -> None:
+    """It has to read who is signed in: without the key the session counts as failed, and is not restored as it is."""
+    sessions, keys = PersistSession(), {"PERSIST_SESSION_ENCRYPTION_KEYS": [KEY]}
+    source = make_app(new_url("sqlite"), **keys)
+    made = source.extensions["persist_session"].manager.create({"_user_id": "7", "cart": ["apple"]}, user_id=7)
+    with source.app_context():
+        path = sessions.backup(str(tmp_path / "backup.tar.gz")).path
+    target = new_url("file")
+    with make_app(target).app_context():
+        report = sessions.restore(path, sign_out=True)
+    assert (report.restored, report.failed) == (0, 1)
+    assert "missing in PERSIST_SESSION_ENCRYPTION_KEYS" in report.reasons[0]
+    whole = make_app(target, **keys)
+    with whole.app_context():
+        assert sessions.restore(path, sign_out=True).restored == 1
+    restored = whole.extensions["persist_session"].manager.existing(made.id)
+    assert (restored.data, restored.user_id, restored.record.data[0]) == ({"cart": ["apple"]}, None, 0x41)
+
+
+def test_a_cache_in_front_has_what_is_encrypted(clock: Clock) -> None:
+    """A copy of the cache of a ``CachedStore`` tells no more than one of the store."""
+    cache = SimpleCache()
+    manager = manager_on(CachedStore(open_store("memory://"), cache), clock, None, (KEY,))
+    created = manager.create({"secret": "buried treasure"}, metadata={"title": "readable"})
+    cache.clear()  # as if some time had passed since it was written
+    assert manager.existing(created.id).data == {"secret": "buried treasure"}
+    content = b"".join(value for _, value in cache._cache.values())
+    assert (b"readable" in content, b"buried" in content) == (True, False)
+
+
 def _bytes_of(url: str) -> bytes:
     path = url.removeprefix("sqlite:///")
     with sqlite3.connect(path) as connection:
@@ -380,10 +539,33 @@ def test_an_unknown_compression_is_refused(wrong: object) -> None:
 @pytest.mark.parametrize("wrong", ["", "short", KEY[:-2], KEY + "A", "+" * 43, b"\xff" * 44, "é" * 43, None, 7, f" {KEY}"])
 def test_what_is_no_key_is_refused_and_not_repeated(wrong: Any) -> None:
     """The message says which one it is and how to make one."""
-    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[1\] is no key.*secrets.token_urlsafe\(32\)") as raised:
+    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[1\]: this is no key.*secrets.token_urlsafe\(32\)") as raised:
         read(encryption_keys=[OTHER, wrong])
     assert not wrong or str(wrong) not in str(raised.value)
     assert raised.value.__cause__ is None
+    with pytest.raises(ConfigError, match="this is no key"):
+        Envelope(None, [OTHER, wrong])
+
+
+@pytest.mark.parametrize("wrong", ["A" * 43, "x" * 43 + "=", ("changeme" * 6)[:43], "_" * 43])
+def test_a_key_that_is_not_random_is_refused(wrong: str) -> None:
+    """What somebody has typed to have something there, such as one letter 43 times, encrypts nothing."""
+    with pytest.raises(ConfigError, match=r"ENCRYPTION_KEYS\[0\]: this is no key: 32 random bytes"):
+        read(encryption_keys=[wrong])
+
+
+def test_how_random_a_key_has_to_look() -> None:
+    """Twelve different bytes of its 32, which a random one lacks less often than once in 10²⁴ times."""
+    few, enough = (urlsafe_b64encode(bytes(n % different for n in range(32))).decode() for different in (11, 12))
+    with pytest.raises(ConfigError, match="this is no key"):
+        read(encryption_keys=[few])
+    assert read(encryption_keys=[enough]).encryption_keys == (enough,)
+
+
+def test_random_keys_are_taken() -> None:
+    """Those of both programs that the documentation names, always."""
+    keys = [secrets.token_urlsafe(32) for _ in range(500)] + [Fernet.generate_key() for _ in range(500)]
+    assert read(encryption_keys=keys).encryption_keys == tuple(keys)
 
 
 @pytest.mark.parametrize("wrong", [KEY, KEY.encode(), {KEY: 1}, None])

@@ -7,6 +7,7 @@ import sys
 #: Looked up among the modules that are loaded anyway.
 _DRIVER_ERRORS = (
     ("redis", "RedisError"),
+    ("valkey", "ValkeyError"),
     ("pymongo.errors", "PyMongoError"),
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),

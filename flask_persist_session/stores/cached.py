@@ -4,19 +4,20 @@ A cache can get, set, add and delete; it cannot compare and set. So that no slow
 session has two entries: a *mark* and a *copy* of its record, and a copy counts only under the mark that it bears.
 
 * Whoever misses adds a new random mark, reads the store **then**, and puts the copy there, bearing that mark.
-* Whoever writes sets the mark to ``_CLOSED``, both before and after the store is changed. While a session is closed the
-  store is asked and nothing is put into the cache.
+* Whoever writes sets the mark to ``_CLOSED``, both before and after the store is changed: for long before, for a moment
+  after. While a session is closed the store is asked and nothing is put into the cache.
 
 A mark is never used twice. A copy that was read before a write bears a mark from before it, and however late it reaches the
 cache, nobody looks at it any more. An evicted mark does no harm for the same reason. The writer puts no copy of its own:
-of two writers the slower one would put the older record. Closing beforehand covers a writer that is killed after the store
-was changed and before it could tell the cache.
+of two writers the slower one would put the older record. Closing beforehand covers a writer that is killed, or cut off from
+the cache, after the store was changed and before it could tell the cache.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -34,10 +35,12 @@ log = logging.getLogger("flask_persist_session")
 
 #: Memcached takes longer times for moments.
 _LONGEST = 30 * 86400
-#: Seconds for which a session is read from the store after it was written; a killed writer must have been faster than that.
+#: Seconds for which a session is read from the store after it was written.
 _PAUSE = 5
 _CLOSED = b"closed"
 _MARK_SIZE = 16
+#: Memcached has keys of up to 250 characters, which are neither spaces nor control characters.
+_PREFIX = re.compile(r"[!-~]{1,100}")
 
 
 class CachedStore(SessionStore):
@@ -45,13 +48,13 @@ class CachedStore(SessionStore):
 
     :param cache: a ``cachelib`` cache that all processes share, such as a ``RedisCache``. With a ``SimpleCache``, which
         each process has for itself, what other processes change or end is seen up to *ttl* seconds late; a warning says so.
-    :param ttl: seconds for which a record is read from the cache, from 1 to 30 days. It also bounds what is lost by a
-        cache that could not be told of a write.
+    :param ttl: seconds for which a record is read from the cache, 1 to 2,592,000 (30 days). It also bounds what is lost by
+        a cache that could not be told of a write.
     :param namespace: that of *store*, if it was opened with another one.
-    :param prefix: how keys in the cache begin. Two stores in one cache need different ones, otherwise the sessions of one
-        are those of the other.
+    :param prefix: how keys in the cache begin: 1 to 100 printable characters of ASCII, no spaces. Two stores in one cache
+        need different ones, otherwise the sessions of one are those of the other.
 
-    Raises ``ConfigError`` for what is no store, no cache or no such time.
+    Raises ``ConfigError`` for what is no store, no cache, or no such time, namespace or prefix.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class CachedStore(SessionStore):
         namespace: str = "web",
         prefix: str = "persist-cached",
     ) -> None:
-        _check(store, cache, ttl)
+        _check(store, cache, ttl, prefix)
         check_namespace(namespace)
         self.store = store
         self.atomic = store.atomic
@@ -196,8 +199,8 @@ class CachedStore(SessionStore):
     @contextmanager
     def _closed(self, session_ids: Sequence[str]) -> Iterator[None]:
         """Close the sessions while they are changed. After a failure a database may still be about to: keep them closed."""
-        self._close(session_ids, _PAUSE)
         pause = max(self._ttl, _PAUSE)
+        self._close(session_ids, pause)
         try:
             yield
             pause = _PAUSE
@@ -241,13 +244,17 @@ class CachedStore(SessionStore):
             log.warning("the %s failed: %s%s", type(self._cache).__name__, error, consequence)
 
 
-def _check(store: object, cache: object, ttl: float) -> None:
+def _check(store: object, cache: object, ttl: float, prefix: str) -> None:
     if not isinstance(store, SessionStore):
         raise ConfigError(f"CachedStore was given {type(store).__name__} and no store; open one with open_store(url)")
     if not isinstance(cache, BaseCache) or isinstance(cache, NullCache):
         raise ConfigError(f"CachedStore was given {type(cache).__name__}, which is no cachelib cache that keeps anything")
-    if not 1 <= ttl <= _LONGEST:
-        raise ConfigError(f"ttl of CachedStore is {ttl!r}; allowed is a number of seconds from 1 to {_LONGEST}")
+    if type(ttl) not in (int, float) or not 1 <= ttl <= _LONGEST:
+        raise ConfigError(f"ttl of CachedStore is {ttl!r:.80}; allowed is a number of seconds from 1 to {_LONGEST}")
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ConfigError(
+            f"prefix of CachedStore is {prefix!r:.80}; allowed is text of 1 to 100 printable ASCII characters, no spaces"
+        )
 
 
 def _checked_mark(mark: object) -> bytes:
