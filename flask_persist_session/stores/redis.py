@@ -21,27 +21,22 @@ import hashlib
 import re
 import secrets
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
-from urllib.parse import SplitResult, urlunsplit
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
+from ..exceptions import SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
 from ..records import Change, Deletion, Finding, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import dump_tags, pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
-from . import Location, number, seconds
+from . import Location
 from .base import (
     SessionStore,
     add_up,
-    after_fork,
     can_match,
     check_namespace,
     check_save,
@@ -59,6 +54,8 @@ from .base import (
     shards_of,
     that_of,
 )
+from .redis_clients import Clients, read_location
+from .redis_cluster import ClusterClient
 from .redis_history import PROLONG, REMOVE, SCRIPTS, RedisHistory
 from .redis_upkeep import RedisCheck
 
@@ -66,7 +63,13 @@ from .redis_upkeep import RedisCheck
 _SURE = SessionStore.margin // 2
 _PAGE = 200
 #: What a server answers, also from within a script, that may be otherwise soon.
-_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN")
+_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN", "non local key")
+_PASSING_ERRORS = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ClusterError,
+    redis.exceptions.TryAgainError,
+)
 #: How many bytes the times of a packed record that has not ended stand before its version; and by what a script finds a
 #: page of a user's sessions.
 _DISTANCES = {"created_at": 29, "accessed_at": 20, "expires_at": 11}
@@ -81,93 +84,29 @@ _SHARDS_ADDED_UP_AT_ONCE = 8
 
 
 def open_location(location: Location, namespace: str) -> RedisStore:
-    """``redis://user:password@host:port/db``, ``rediss://…`` with TLS, or ``unix:///path/to/socket``.
+    """A store of one server, of a cluster, or of servers that Sentinel watches.
+
+    ``redis://user:password@host:port/db`` or ``unix:///path/to/socket``; ``redis+cluster://user:password@host:port,…``;
+    ``redis+sentinel://user:password@host:port,…/service/db``. With ``rediss`` instead of ``redis``: with TLS.
 
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
-    ``db``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
+    ``db`` of one server, ``sentinel_username``, ``sentinel_password``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``,
+    ``ssl_keyfile``, ``ssl_check_hostname`` of a cluster and of Sentinel.
     """
     clients, options = read_location(location, prefix=str)
-    return RedisStore(clients, namespace, prefix=options.get("prefix", "persist"), name=f"the Redis server {location}")
+    return RedisStore(clients, namespace, prefix=options.get("prefix", "persist"), name=f"{_what(location)} {location}")
 
 
-def read_location(location: Location, **more: Callable[[str], Any]) -> tuple[ClientPerThread, dict[str, Any]]:
-    """How to reach the server that *location* names, and the options that are read by *more*. Raises ``ConfigError``."""
-    if location.scheme == "unix":
-        if location.url.netloc.rpartition("@")[2] or not location.url.path.startswith("/"):
-            raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
-    elif not location.url.netloc or not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
-        raise ConfigError(f"{location} does not fit; write {location.scheme}://host:6379/0, with the database's number")
-    tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if location.scheme == "rediss" else ()
-    readers: dict[str, Callable[[str], Any]] = {
-        "timeout": seconds,
-        "db": number,
-        **dict.fromkeys(tls, str),
-    }
-    given = location.read_options(**readers, **more)
-    options = {name: value for name, value in given.items() if name in readers}
-    wait = options.pop("timeout", 2.0)
-
-    def connect() -> redis.Redis:
-        return redis.Redis.from_url(
-            _url(location.url),
-            socket_timeout=wait,
-            socket_connect_timeout=wait,
-            # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            single_connection_client=True,
-            **({"ssl_check_hostname": True} if location.scheme == "rediss" else {}),
-            **options,
-        )
-
-    return ClientPerThread(connect), {name: value for name, value in given.items() if name in more}
-
-
-def _url(url: SplitResult) -> str:
-    # urlunsplit leaves out the slashes before an empty host, and the client wants them.
-    return urlunsplit(url) if url.scheme != "unix" else f"unix://{url.netloc}{url.path}"
-
-
-class ClientPerThread:
-    """Makes a client with one connection for each thread; taking one from a pool costs a tenth of a command.
-
-    :param connect: makes a connected client.
-    """
-
-    def __init__(self, connect: Callable[[], Any]) -> None:
-        self._connect = connect
-        self._start()
-        after_fork(self._leave_to_parent)
-
-    def _start(self) -> None:
-        self._own = threading.local()
-
-    def _leave_to_parent(self) -> None:
-        _inherited.append(self._own)
-        self._start()
-
-    def __call__(self) -> Any:
-        try:
-            return self._own.client
-        except AttributeError:
-            self._own.client = client = self._connect()
-            return client
-
-    def close(self) -> None:
-        """Close the connection of this thread, which gets a new one when it goes on. Those of others close with them."""
-        client = self._own.__dict__.pop("client", None)
-        if client is not None:
-            client.close()
-
-
-#: Clients of the parent process: closing them here could disturb it, so they are kept from being collected.
-_inherited: list[object] = []
+def _what(location: Location) -> str:
+    kinds = {"": "the Redis server", "cluster": "the Redis cluster", "sentinel": "the Redis primary of"}
+    return kinds[location.scheme.partition("+")[2]]
 
 
 class RedisStore(SessionStore):
     """Keeps each session in a hash of a Redis server.
 
-    :param client: a ``redis.Redis`` or anything with its methods, with ``decode_responses`` off and timeouts set; or a
-        ``ClientPerThread`` of such.
+    :param client: a ``redis.Redis``, a ``redis.RedisCluster`` or anything with their methods, with ``decode_responses``
+        off and timeouts set; or ``Clients`` that give such.
     :param namespace: part of the keys.
     :param prefix: start of the keys.
     :param name: what messages call the server.
@@ -176,7 +115,9 @@ class RedisStore(SessionStore):
     def __init__(
         self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
     ) -> None:
-        self._clients = client if isinstance(client, ClientPerThread) else None
+        if isinstance(client, redis.RedisCluster):
+            client = ClusterClient(client)
+        self._clients = client if isinstance(client, Clients) else None
         self._shared_client = client
         self._namespace = namespace
         self._prefix_of_all = prefix
@@ -290,7 +231,7 @@ class RedisStore(SessionStore):
         with self._errors():
             try:
                 return int(self._run(_TRANSACTION, (len(keys), *keys, *arguments)))
-            except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
+            except redis.RedisError as error:
                 if any(reason in str(error) for reason in _OTHER_SLOTS):
                     raise UnsupportedByStore(
                         f"{self._name} is a cluster, where a script reaches the sessions of one shard, that is of one "
@@ -492,7 +433,9 @@ class RedisStore(SessionStore):
     def _failure(self, error: redis.RedisError) -> StoreError:
         if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
             return StoreUnavailable(f"{self._name} cannot be reached: {error}")
-        if any(word in str(error) for word in _PASSING):
+        if self._clients and (isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in str(error)):
+            self._clients.renew()  # another is the primary now
+        if isinstance(error, _PASSING_ERRORS) or any(word in str(error) for word in _PASSING):
             return StoreUnavailable(f"{self._name} cannot serve at the moment: {error}")
         return StoreError(f"{self._name} failed: {error}")
 
