@@ -53,6 +53,8 @@ class TestRedis(SessionStoreContract):
 
 
 class TestRedisCluster(SessionStoreContract):
+    across_users = False
+
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:
         return partial(open_store, new_url("redis-cluster"))
