@@ -66,6 +66,7 @@ class RedisServer:
         self.folder = folder
         self.options = options
         self.port = port or free_port()
+        self.password: str | None = None
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.socket = folder / "redis.sock"
         self.process: subprocess.Popen[bytes] | None = None
@@ -82,14 +83,14 @@ class RedisServer:
         assert self.process is not None
         assert self.process.poll() is None, (self.folder / "redis.log").read_text()
         try:
-            with redis.Redis(port=self.port, socket_timeout=1) as client:
+            with redis.Redis(port=self.port, password=self.password, socket_timeout=1) as client:
                 return bool(client.info("server")["process_id"] == self.process.pid)
         except redis.ConnectionError:
             return False
 
     def client(self) -> redis.Redis:
         """A client for looking at and breaking what the store keeps."""
-        return redis.Redis(port=self.port, socket_timeout=5)
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
 
     def pause(self) -> None:
         """Hang: the server accepts connections and never answers."""
@@ -111,14 +112,14 @@ class RedisServer:
 class RedisCluster:
     """A Redis Cluster of our own, whose primaries share the slots evenly; the first may have a replica."""
 
-    def __init__(self, folder: Path, primaries: int = 3, *, replica: bool = False) -> None:
+    def __init__(self, folder: Path, *options: str, primaries: int = 3, replica: bool = False) -> None:
         self.primaries = primaries
+        self.options = ("--cluster-enabled", "yes", *options)
         self.nodes = [self._node(folder / str(number)) for number in range(primaries + replica)]
 
     def _node(self, folder: Path) -> RedisServer:
         folder.mkdir()
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "700", "--repl-diskless-sync-delay", "0")
-        return RedisServer(folder, *options, port=free_cluster_port())
+        return RedisServer(folder, *self.options, port=free_cluster_port())
 
     @property
     def url(self) -> str:
@@ -132,14 +133,17 @@ class RedisCluster:
                 client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
                 client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
                 if number < self.primaries:
-                    slots = range(16384 * number // self.primaries, 16384 * (number + 1) // self.primaries)
-                    client.execute_command("CLUSTER", "ADDSLOTS", *slots)
+                    client.execute_command("CLUSTER", "ADDSLOTS", *self.slots_of(number))
         wait_until(lambda: all(map(self._is_complete, self.nodes)), "the nodes to meet")
         for node in self.nodes[self.primaries :]:
             with node.client() as client:
                 client.execute_command("CLUSTER", "REPLICATE", self.id_of(self.nodes[0]))
                 wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica")
         return self
+
+    def slots_of(self, number: int) -> range:
+        """The slots that a primary has at the beginning."""
+        return range(16384 * number // self.primaries, 16384 * (number + 1) // self.primaries)
 
     def _is_complete(self, node: RedisServer) -> bool:
         with node.client() as client:

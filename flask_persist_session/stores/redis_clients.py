@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, unquote, urlunsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from ..exceptions import ConfigError
 from . import Location, flag, number, seconds, servers_in
@@ -219,8 +219,8 @@ def _sentinel(location: Location, options: dict[str, Any]) -> Clients:
     shared = {**_with_tls(location, options), "retry": Retry(NoBackoff(), 0)}
 
     def connect() -> redis.Redis:
-        sentinel: Any = Sentinel
-        watching = sentinel(
+        new_sentinels: Any = _Sentinels
+        watching = new_sentinels(
             sentinels,
             sentinel_kwargs={**shared, **credentials},
             **shared,
@@ -231,6 +231,27 @@ def _sentinel(location: Location, options: dict[str, Any]) -> Clients:
         return watching.master_for(unquote(service), redis_class=_Primary)  # type: ignore[no-any-return]
 
     return SharedClient(connect)
+
+
+class _Sentinels(Sentinel):
+    """Asks first the one that answered the last time, and says what went wrong without the settings of the connection."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        reasons = []
+        is_up: Any = self.check_master_state
+        for sentinel in self.sentinels:
+            try:
+                services: Any = sentinel.sentinel_masters()
+            except redis.RedisError as error:
+                reasons.append(str(error))
+                continue
+            state = services.get(service_name)
+            if state and is_up(state, service_name):
+                # A new list, for other threads may be going through the old one.
+                self.sentinels = [sentinel, *(other for other in self.sentinels if other is not sentinel)]
+                return state["ip"], state["port"]
+            reasons.append("it is down" if state else f"there is no service {service_name!r}")
+        raise MasterNotFoundError(f"no Sentinel knows where it is: {'; '.join(reasons)}")
 
 
 class _Primary(redis.Redis):

@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import redis
@@ -178,17 +179,24 @@ def _key_of(command: _Command) -> Any:
 def _with_texts(commands: Iterable[_Command], texts: dict[str, str]) -> Iterator[_Command]:
     """The commands to a node, each script that is in *texts* by its name spelled out at first."""
     unknown = dict(texts)
-    for name, *rest in commands:
+    for command in commands:
+        name, *rest = command
         if name == "EVALSHA" and rest[0] in unknown:
             yield "EVAL", unknown.pop(rest[0]), *rest[1:]
         else:
-            yield name, *rest
+            if name == "EVAL":
+                unknown.pop(_sha(rest[0]), None)
+            yield command
 
 
 def _texts_in(commands: Iterable[_Command]) -> dict[str, str]:
     """The scripts that are spelled out among *commands*, by the name that a server gives them."""
-    texts = {command[1] for command in commands if command[0] == "EVAL"}
-    return {hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in texts}
+    return {_sha(command[1]): command[1] for command in commands if command[0] == "EVAL"}
+
+
+@lru_cache(maxsize=64)
+def _sha(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 @contextmanager
