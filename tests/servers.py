@@ -167,9 +167,10 @@ class RedisCluster:
 class SentinelServer:
     """A Sentinel of our own that watches a primary as the service ``sessions`` and needs nobody's agreement."""
 
-    def __init__(self, folder: Path, primary: RedisServer, *lines: str) -> None:
+    def __init__(self, folder: Path, primary: RedisServer, *lines: str, password: str = "") -> None:
         self.folder = folder
         self.port = free_port()
+        self.password = password
         self.process: subprocess.Popen[bytes] | None = None
         settings = [
             f"port {self.port}",
@@ -179,6 +180,7 @@ class SentinelServer:
             "sentinel down-after-milliseconds sessions 500",
             "sentinel failover-timeout sessions 3000",
             *lines,
+            f'requirepass "{password}"',
         ]
         (folder / "sentinel.conf").write_text("\n".join(settings) + "\n")
 
@@ -199,7 +201,7 @@ class SentinelServer:
             return False
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=5)
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
 
     def stop(self) -> None:
         if self.process is not None:
