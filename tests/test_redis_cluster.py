@@ -167,34 +167,45 @@ def test_lost_scripts_are_not_noticed(redis_cluster: RedisCluster, store: Sessio
 # Slots that move ------------------------------------------------------------------------------------------------------
 
 
+class Move:
+    """A slot that moves from one node of a cluster to another."""
+
+    def __init__(self, cluster: RedisCluster, slot: int, source: RedisServer, target: RedisServer) -> None:
+        self.slot, self.target, self.target_id = slot, target, cluster.id_of(target)
+        self.here, self.there = source.client(), target.client()
+        self.there.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(source))
+        self.here.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self.target_id)
+
+    def take(self, part: bytes = b"") -> None:
+        """Move the keys, or those that have *part* in their name."""
+        keys = self.here.execute_command("CLUSTER", "GETKEYSINSLOT", self.slot, 1000)
+        if keys := [key for key in keys if part in key]:
+            self.here.execute_command("MIGRATE", "127.0.0.1", self.target.port, "", 0, 5000, "KEYS", *keys)
+
+    def finish(self) -> None:
+        """Move what is left, and the slot."""
+        self.take()
+        for client in (self.there, self.here):
+            client.execute_command("CLUSTER", "SETSLOT", self.slot, "NODE", self.target_id)
+            client.close()
+
+
 @contextmanager
-def moving(cluster: RedisCluster, record: SessionRecord) -> Iterator[Callable[[], None]]:
-    """The slot of a session is about to move to the next node; yields what takes its keys there and ends the moving."""
+def moving(cluster: RedisCluster, record: SessionRecord) -> Iterator[Move]:
+    """The slot of a session is about to move to the next node; afterwards it moves back."""
     slot, source = key_slot(record.id[:3].encode()), node_of(cluster, record)
     target = cluster.nodes[(cluster.nodes.index(source) + 1) % cluster.primaries]
-    with source.client() as here, target.client() as there:
-        there.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(source))
-        here.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.id_of(target))
-
-        def take(here: redis.Redis, there: redis.Redis, to: RedisServer) -> None:
-            while keys := here.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
-                here.execute_command("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys)
-            for client in (there, here):
-                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", cluster.id_of(to))
-
-        yield partial(take, here, there, target)
-        here.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(target))
-        there.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.id_of(source))
-        take(there, here, source)
+    yield Move(cluster, slot, source, target)
+    Move(cluster, slot, target, source).finish()
 
 
 def test_a_slot_that_moves(redis_cluster: RedisCluster, store: SessionStore) -> None:
     """Sessions are read and changed where they are before, while and after their slot moves to another node."""
     record = RECORDS[0]
-    with moving(redis_cluster, record) as take:
+    with moving(redis_cluster, record) as move:
         store.save(following(record), expected=1)
         assert store.get(make_record(5, user_id=None).id) is None
-        take()
+        move.finish()
         assert sorted(found.id for found in store.scan()) == [other.id for other in RECORDS]
         assert store.get(record.id) == following(record)
         with pytest.raises(SessionConflict):
@@ -203,6 +214,43 @@ def test_a_slot_that_moves(redis_cluster: RedisCluster, store: SessionStore) -> 
         assert store.stats(now=0.0).total == len(RECORDS)
     assert store.get(record.id) == following(following(record))
     assert list(store.check(repair=False)) == []
+
+
+@pytest.mark.parametrize("first", [b":s:", b":expiry", b":facts", b":u:", b":h:"])
+def test_a_slot_that_has_moved_in_part(redis_cluster: RedisCluster, store: SessionStore, first: bytes) -> None:
+    """While a node has some of the keys of a shard, changes are done or unavailable, and none is done in part."""
+    records = {number: make_record(number, user_id="bob") for number in range(6)}
+    store.save_many([Change(record=records[number], expected=0) for number in range(5)])
+    store.history.append(records[0].id, [b"first"], created_at=1.0)
+    changes: dict[int, Callable[[], object]] = {
+        0: lambda: store.history.append(records[0].id, [b"second"], created_at=2.0),
+        1: lambda: store.save(following(records[1]), expected=1),
+        2: lambda: store.save(following(records[2], user_id="bob", expires_at=9.0, data=b"longer"), expected=1),
+        3: lambda: store.delete(records[3].id),
+        5: lambda: store.save(records[5], expected=0),
+    }
+    with moving(redis_cluster, records[0]) as move:
+        move.take(first)
+        done = {number for number, change in changes.items() if _is_done(change)}
+        with pytest.raises(StoreUnavailable, match="slot of the session moves"):
+            store.save(make_record(6, user_id="bob"), expected=0)
+        move.finish()
+        assert store.history.count(records[0].id) == 1 + (0 in done)
+        versions = {number: found.version for number in records if (found := store.get(records[number].id))}
+        expected = {0: 1, 1: 1 + (1 in done), 2: 1 + (2 in done), 3: 1, 4: 1, 5: 1}
+        missing = {number for number, there in ((3, 3 not in done), (5, 5 in done)) if not there}
+        assert versions == {number: version for number, version in expected.items() if number not in missing}
+        assert list(store.check(repair=False)) == []
+        assert all(_is_done(change) for number, change in changes.items() if number not in done)
+
+
+def _is_done(change: Callable[[], object]) -> bool:
+    """Whether a change is done; any error but that the store is unavailable is one."""
+    try:
+        change()
+    except StoreUnavailable:
+        return False
+    return True
 
 
 # Processes ------------------------------------------------------------------------------------------------------------

@@ -394,6 +394,8 @@ class RedisStore(SessionStore):
     # Scripts ----------------------------------------------------------------------------------------------------------
 
     def _run(self, script: _Script, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(self._client, ClusterClient):
+            arguments = _with_all_keys(script, arguments)
         # Sent directly, because the script objects of the client cost a tenth more.
         try:
             return self._client.execute_command("EVALSHA", script.sha, *arguments)
@@ -743,6 +745,27 @@ return 1
 
 _HISTORY_SCRIPTS = tuple(map(_Script, SCRIPTS))
 
+#: The keys of a shard, beside that of a session, that scripts write, and must not make anew.
+_WRITTEN: dict[_Script, tuple[str, ...]] = {
+    **dict.fromkeys((_SAVE, _CREATE), ("expiry", "facts")),
+    **dict.fromkeys(_HISTORY_SCRIPTS, ("h:{id}", "hk:{id}")),
+    _DELETE: ("expiry", "facts", "h:{id}", "hk:{id}"),
+}
+
+
+def _with_all_keys(script: _Script, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a script is given, with the keys named that it derives from its first one.
+
+    While a slot moves to another node of a cluster, a key after the other, a node refuses a script before it begins if it
+    has some of the named keys only. The others it would write half, or make anew beside those that are to come.
+    """
+    number, key, *given = arguments
+    shard, _, session_id = key.rpartition(":s:")
+    names = [name.format(id=session_id) for name in _WRITTEN.get(script, ())]
+    if script in (_SAVE, _CREATE) and (user := _user_in(given[2])):
+        names.append(f"u{user}")
+    return number + len(names), key, *(f"{shard}:{name}" for name in names), *given
+
 
 _FACTS = struct.Struct("<ddIBHH")
 
@@ -759,6 +782,12 @@ def _facts(record: SessionRecord) -> bytes:
     ended, size = record.ended_at is not None, len(record.data)
     numbers = _FACTS.pack(record.expires_at, record.created_at, size, ended, owner_size, len(user))
     return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
+
+
+def _user_in(facts: bytes) -> str:
+    """The user, behind a colon, or nothing."""
+    *_, size = _FACTS.unpack_from(facts)
+    return facts[_FACTS.size : _FACTS.size + size].decode()
 
 
 def _lifetime(record: SessionRecord, margin: float) -> int:

@@ -18,7 +18,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.commands import RedisClusterCommands
-from redis.exceptions import AskError, RedisClusterException, SlotNotCoveredError, TryAgainError
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    ClusterError,
+    RedisClusterException,
+    SlotNotCoveredError,
+    TryAgainError,
+)
 from redis.retry import Retry
 
 _Command = tuple[Any, ...]
@@ -205,6 +212,11 @@ def _as_redis_errors() -> Iterator[None]:
         yield
     except RedisClusterException as error:
         raise redis.ConnectionError(str(error)) from error
+    except ClusterDownError:
+        raise
+    except ClusterError as error:
+        # The driver was sent from node to node, and tells how often.
+        raise ClusterError("the slot of the session moves from one node to another") from error
     except IndexError as error:
         # How the driver meets a cluster none of whose slots has a node.
         raise redis.ConnectionError("none of its slots has a node") from error
