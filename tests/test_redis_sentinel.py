@@ -41,6 +41,11 @@ class Watched:
         hosts = f"127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}"
         return f"redis+sentinel://:{QUOTED}@{hosts}/sessions/1?timeout=0.5&sentinel_password={OTHER_QUOTED}"
 
+    def notice_after(self, milliseconds: int) -> None:
+        """Have the Sentinel take the primary for down if it does not answer for so long."""
+        with self.sentinel.client() as client:
+            client.execute_command("SENTINEL", "SET", "sessions", "down-after-milliseconds", milliseconds)
+
     def is_primary(self, server: RedisServer) -> bool:
         with self.sentinel.client() as client:
             _, port = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "sessions")
@@ -95,6 +100,7 @@ def _is_served(store: SessionStore, record: SessionRecord) -> bool:
 
 def test_a_primary_that_is_killed(watched: Watched, store: SessionStore) -> None:
     """The replica takes over with all that it has got, and remains the primary when the old one is back."""
+    watched.notice_after(500)
     watched.primary.stop()
     assert not _is_served(store, RECORDS[0])
     wait_until(lambda: _is_served(store, RECORDS[0]), "the replica to take over")
@@ -102,6 +108,7 @@ def test_a_primary_that_is_killed(watched: Watched, store: SessionStore) -> None
     store.save(following(RECORDS[0]), expected=1)
     store.history.append(RECORDS[0].id, [b"an entry"], created_at=1.0)
     assert list(store.check(repair=False)) == []
+    watched.notice_after(60_000)
     watched.primary.start()
     for opened in (store, open_store(watched.url)):
         assert opened.get(RECORDS[0].id) == following(RECORDS[0])
@@ -155,8 +162,8 @@ def test_connections_outlive_the_sentinel(watched: Watched, store: SessionStore)
         ("/sessions/", "/elsewhere/", "there is no service 'elsewhere'"),
         (f":{QUOTED}@", ":geheim@", "password"),
         (OTHER_QUOTED, "geheim", "password"),
-        (f":{QUOTED}@", "", "authenticat"),
-        (f"&sentinel_password={OTHER_QUOTED}", "", "authenticat"),
+        (f":{QUOTED}@", "", "uthenticat"),
+        (f"&sentinel_password={OTHER_QUOTED}", "", "uthenticat"),
     ],
     ids=["service", "password", "password of the Sentinel", "none", "none of the Sentinel"],
 )
@@ -170,6 +177,7 @@ def test_a_wrong_name_or_password(watched: Watched, old: str, new: str, message:
 
 def test_a_primary_that_hangs(watched: Watched, store: SessionStore) -> None:
     """Eight threads wait as long as one for a primary that hangs, until the replica takes over; then all are served."""
+    watched.notice_after(500)
     watched.primary.pause()
     with ThreadPoolExecutor(8) as pool:
         start = time.monotonic()

@@ -192,8 +192,8 @@ def _check_cluster(location: Location) -> None:
 
 
 def _cluster(location: Location, options: dict[str, Any]) -> Clients:
-    if redis.VERSION < (6,):  # which sends a command again that was lost, whatever it is told
-        raise ConfigError(f"{location} needs version 6 or later of the package redis; pip install --upgrade redis")
+    if redis.VERSION < (7, 4):  # whose client of a cluster fails in ways of its own when a node does
+        raise ConfigError(f"{location} needs version 7.4 or later of the package redis; pip install --upgrade redis")
     nodes = servers_in(location.url, default_port=6379)
     given = {**_credentials(location.url), **_with_tls(location, options)}
     return SharedClient(lambda: connect_cluster(nodes, given))
