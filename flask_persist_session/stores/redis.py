@@ -377,8 +377,10 @@ class RedisStore(SessionStore):
     # Statistics -------------------------------------------------------------------------------------------------------
 
     def _stats_of_shards(self, now: float) -> Iterator[StoreStats]:
-        for first in range(0, SHARDS, _SHARDS_ADDED_UP_AT_ONCE):
-            shards = [f"{shard:03x}" for shard in range(first, first + _SHARDS_ADDED_UP_AT_ONCE)]
+        with self._errors():
+            at_once = _SHARDS_ADDED_UP_AT_ONCE * getattr(self._client, "primaries", 1)
+        for first in range(0, SHARDS, at_once):
+            shards = [f"{shard:03x}" for shard in range(first, min(first + at_once, SHARDS))]
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
                 for shard in shards:
                     pipeline.execute_command("EVAL", _STATS.text, 1, self._expiry_key(shard), repr(now), _SURE)
@@ -394,13 +396,14 @@ class RedisStore(SessionStore):
     # Scripts ----------------------------------------------------------------------------------------------------------
 
     def _run(self, script: _Script, arguments: tuple[Any, ...]) -> Any:
-        if isinstance(self._client, ClusterClient):
+        client = self._client
+        if isinstance(client, ClusterClient):
             arguments = _with_all_keys(script, arguments)
         # Sent directly, because the script objects of the client cost a tenth more.
         try:
-            return self._client.execute_command("EVALSHA", script.sha, *arguments)
+            return client.execute_command("EVALSHA", script.sha, *arguments)
         except redis.exceptions.NoScriptError:
-            return self._client.execute_command("EVAL", script.text, *arguments)
+            return client.execute_command("EVAL", script.text, *arguments)
 
     def _run_many(self, calls: list[tuple[_Script, tuple[Any, ...]]]) -> list[bool]:
         outcomes: list[bool] = []

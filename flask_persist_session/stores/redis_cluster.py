@@ -77,6 +77,11 @@ class ClusterClient(_Commands):
                 # The driver has asked meanwhile who stands in for the node that is gone.
                 return self._cluster.execute_command(*args, **options)
 
+    @property
+    def primaries(self) -> int:
+        """How many nodes share the keys."""
+        return len(self._cluster.get_primaries())
+
     def pipeline(self, transaction: bool = False) -> ClusterPipeline:
         """Takes commands together to the nodes that have their keys."""
         return ClusterPipeline(self, self._cluster)
