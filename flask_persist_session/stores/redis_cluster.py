@@ -80,7 +80,7 @@ class ClusterClient(_Commands):
     @property
     def primaries(self) -> int:
         """How many nodes share the keys."""
-        return len(self._cluster.get_primaries())
+        return len(self._cluster.get_primaries()) or 1
 
     def pipeline(self, transaction: bool = False) -> ClusterPipeline:
         """Takes commands together to the nodes that have their keys."""
