@@ -202,3 +202,21 @@ def test_a_server_that_takes_no_writes_is_left(redis_server: RedisServer, new_ur
         store.save(following(RECORDS[0]), expected=1)
         assert {found["id"] for found in client.client_list()} - before
     store.close()
+
+
+def test_a_server_says_without_a_script_that_it_takes_no_writes(
+    redis_server: RedisServer, new_url: Callable[[str], str]
+) -> None:
+    """That a server is a replica or out of memory is told as unavailable, in whichever way the driver words it."""
+    store = open_store(new_url("redis"))
+    with redis_server.client() as client:
+        client.replicaof("127.0.0.1", str(free_port()))
+        with pytest.raises(StoreUnavailable):
+            store.note("cleanup", 1.0)
+        client.replicaof("NO", "ONE")
+        client.config_set("maxmemory", 1)
+        with pytest.raises(StoreUnavailable):
+            store.note("cleanup", 1.0)
+        client.config_set("maxmemory", 0)
+    store.note("cleanup", 1.0)
+    store.close()
