@@ -38,7 +38,7 @@ from .stores.databases import open_postgresql
 if TYPE_CHECKING:
     from flask import Flask
 
-    from .stores.redis import ClientPerThread
+    from .stores.redis_clients import Clients
 
 _PREFIX = "flask-session+"
 #: What Flask-Session can use and is not read here: for none of them is there a driver among what this package can use.
@@ -265,7 +265,7 @@ def _unpickle(stored: bytes) -> Any:
 
 
 class _Redis(_FlaskSession):
-    def __init__(self, location: Location, old: _Old, options: _Options, clients: ClientPerThread) -> None:
+    def __init__(self, location: Location, old: _Old, options: _Options, clients: Clients) -> None:
         super().__init__(location, old, options)
         self._clients = clients
 
@@ -273,7 +273,7 @@ class _Redis(_FlaskSession):
     def open(cls, location: Location, old: _Old) -> _Redis:
         if find_spec("redis") is None:
             raise ConfigError(f"{location} needs redis: pip install 'flask-persist-session[redis]'")
-        from .stores.redis import read_location
+        from .stores.redis_clients import read_location
 
         clients, given = read_location(location, **_COMMON)
         return cls(location, old, _options(given), clients)

@@ -12,8 +12,9 @@ other processes, so it must be picklable: a ``functools.partial`` of a class or 
 lives in one object says ``shared = False``: it is opened once per test, and its races are run by threads alone.
 
 The suite holds a store to the docstrings of ``flask_persist_session.stores.base``. Stores that cannot list or have no
-leases raise ``UnsupportedByStore`` and skip what they cannot do; stores with ``atomic = False`` skip only the races
-between processes. It needs a system with ``fork``.
+leases raise ``UnsupportedByStore`` and skip what they cannot do; where a transaction reaches the sessions of one user
+only, the subclass says ``across_users = False``. Stores with ``atomic = False`` skip only the
+races between processes. It needs a system with ``fork``.
 
 ``HistoryLogContract``, subclassed in the same way, does so for the histories of a store that keeps them.
 """
@@ -461,6 +462,8 @@ class _Contract:
 
     #: Whether a second store object, in this or in another process, reaches the same sessions.
     shared: bool = True
+    #: Whether a transaction changes sessions of several users together, if there are transactions.
+    across_users: bool = True
 
     @pytest.fixture
     def open_store(self) -> Callable[[], SessionStore]:
@@ -1080,6 +1083,11 @@ class SessionStoreContract(_Contract):
             pytest.skip("has no transactions")
         return store
 
+    @pytest.fixture
+    def somebody(self) -> str | None:
+        """Whose sessions a transaction may change together: those of nobody, which are of many shards, if it can."""
+        return None if self.across_users else "alice"
+
     def test_transactions_are_there_or_not(self, store: SessionStore) -> None:
         """A store has transactions, or says with a reason that it has none, and then nothing was changed."""
         record = make_record()
@@ -1090,10 +1098,11 @@ class SessionStoreContract(_Contract):
             outcome = bool(str(error)) and store.get(record.id) is None
         assert outcome is True
 
-    def test_transaction(self, transacting: SessionStore) -> None:
+    def test_transaction(self, transacting: SessionStore, somebody: str | None) -> None:
         """Changes, creations and deletions of one transaction are all done, of whatever users and shards."""
-        changed, removed, gone = make_record(1), make_record(2, user_id="bob"), make_record(3, user_id=None)
-        created, ended = make_record(4, user_id=None, version=7), make_record(5)
+        changed, removed = make_record(1), make_record(2, user_id=somebody or "bob")
+        gone, created = make_record(3, user_id=somebody), make_record(4, user_id=somebody, version=7)
+        ended = make_record(5)
         for record in (changed, removed, gone, ended):
             transacting.save(record, expected=0)
         over = following(ended, ended_at=9.0, end_reason="revoked", data=b"")
@@ -1127,9 +1136,9 @@ class SessionStoreContract(_Contract):
         assert listing.stats(now=100.0) == add_up(iter(by_id), 100.0)
         assert list(listing.check(repair=False)) == []
 
-    def test_transactions_one_after_the_other(self, transacting: SessionStore) -> None:
+    def test_transactions_one_after_the_other(self, transacting: SessionStore, somebody: str | None) -> None:
         """Sessions that are changed together over and over keep their last state, whatever size they had before."""
-        records = [make_record(number, user_id=None) for number in range(3)]
+        records = [make_record(number, user_id=somebody) for number in range(3)]
         transacting.transaction([Change(record=record, expected=0) for record in records])
         for number in range(60):
             records = [following(record, data=bytes([number]) * (number % 7) * 1000) for record in records]
@@ -1192,25 +1201,25 @@ class SessionStoreContract(_Contract):
             transacting.transaction([Change(record=record, expected=0), wrong])
         assert transacting.get(record.id) is None
 
-    def test_transaction_of_many(self, transacting: SessionStore) -> None:
+    def test_transaction_of_many(self, transacting: SessionStore, somebody: str | None) -> None:
         """Hundreds of sessions change together."""
-        records = [make_record(number, user_id=None) for number in range(300)]
+        records = [make_record(number, user_id=somebody) for number in range(300)]
         transacting.transaction([Change(record=record, expected=0) for record in records])
         transacting.transaction([Deletion(id=record.id, expected=1) for record in records[1:]])
         assert [transacting.get(record.id) for record in records[:3]] == [records[0], None, None]
 
-    def test_race_of_transactions(self, transacting: SessionStore, race: Race) -> None:
+    def test_race_of_transactions(self, transacting: SessionStore, race: Race, somebody: str | None) -> None:
         """However many move amounts between a few sessions at once, the sum stays as it was."""
-        records = [make_record(number, user_id=None, data=b"100") for number in range(5)]
+        records = [make_record(number, user_id=somebody, data=b"100") for number in range(5)]
         transacting.save_many([Change(record=record, expected=0) for record in records])
         race(partial(_move_amounts, [record.id for record in records], 15))
         found = [transacting.get(record.id) for record in records]
         assert sum(int(record.data) for record in found if record is not None) == 500
         assert sum(record.version - 1 for record in found if record is not None) == 15 * 2 * RACERS
 
-    def test_readers_of_a_transaction(self, transacting: SessionStore, race: Race) -> None:
+    def test_readers_of_a_transaction(self, transacting: SessionStore, race: Race, somebody: str | None) -> None:
         """Whoever has read one session as a transaction left it reads none as it was before."""
-        records = [make_record(number, user_id=None) for number in range(5)]
+        records = [make_record(number, user_id=somebody) for number in range(5)]
         transacting.save_many([Change(record=record, expected=0) for record in records])
         looks = race(partial(_raise_all_or_look, [record.id for record in records], 40))
         assert all(looks[1:])

@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_persist_session import PersistSession, SessionStore, open_store
-from tests.servers import MemcachedServer, PostgreSQLServer, RedisServer
+from tests.servers import MemcachedServer, PostgreSQLServer, RedisCluster, RedisServer
 
 #: The stores that several processes can share.
 SHARED_STORES = ("file", "sqlite", "redis", "postgresql")
@@ -58,6 +58,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
 def memcached_server() -> Iterator[MemcachedServer]:
     if MemcachedServer.program() is None:
         pytest.skip("no package of PyPI brings memcached, and there is none on PATH")
@@ -85,6 +94,8 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
         if kind == "redis":
             # A prefix of its own is an empty store of its own.
             return f"{request.getfixturevalue('redis_server').url}?prefix=test{os.getpid()}x{number}"
+        if kind == "redis-cluster":
+            return f"{request.getfixturevalue('redis_cluster').url}?prefix=test{os.getpid()}x{number}"
         if kind == "postgresql":
             databases.append(request.getfixturevalue("postgresql_server").take())
             return databases[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,6 +25,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_cluster_port() -> int:
+    """A port that nobody listens on, nor on the one 10,000 above it, on which the nodes of a cluster talk to each other."""
+    while True:
+        port = random.randrange(20000, 30000)  # below those that the system gives to whoever connects
+        try:
+            for number in (port, port + 10000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+        except OSError:
+            continue
+        return port
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -48,10 +62,11 @@ def redis_program() -> str:
 class RedisServer:
     """A Redis server of our own that keeps nothing on disk."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, port: int | None = None) -> None:
         self.folder = folder
         self.options = options
-        self.port = free_port()
+        self.port = port or free_port()
+        self.password: str | None = None
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.socket = folder / "redis.sock"
         self.process: subprocess.Popen[bytes] | None = None
@@ -68,14 +83,14 @@ class RedisServer:
         assert self.process is not None
         assert self.process.poll() is None, (self.folder / "redis.log").read_text()
         try:
-            with redis.Redis(port=self.port, socket_timeout=1) as client:
+            with redis.Redis(port=self.port, password=self.password, socket_timeout=1) as client:
                 return bool(client.info("server")["process_id"] == self.process.pid)
         except redis.ConnectionError:
             return False
 
     def client(self) -> redis.Redis:
         """A client for looking at and breaking what the store keeps."""
-        return redis.Redis(port=self.port, socket_timeout=5)
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
 
     def pause(self) -> None:
         """Hang: the server accepts connections and never answers."""
@@ -89,6 +104,108 @@ class RedisServer:
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class RedisCluster:
+    """A Redis Cluster of our own, whose primaries share the slots evenly; the first may have a replica."""
+
+    def __init__(self, folder: Path, *options: str, primaries: int = 3, replica: bool = False) -> None:
+        self.primaries = primaries
+        self.options = ("--cluster-enabled", "yes", *options)
+        self.nodes = [self._node(folder / str(number)) for number in range(primaries + replica)]
+
+    def _node(self, folder: Path) -> RedisServer:
+        folder.mkdir()
+        return RedisServer(folder, *self.options, port=free_cluster_port())
+
+    @property
+    def url(self) -> str:
+        """The store URL, which names all nodes."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def start(self) -> RedisCluster:
+        for number, node in enumerate(self.nodes):
+            node.start()
+            with node.client() as client:
+                client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+                if number < self.primaries:
+                    client.execute_command("CLUSTER", "ADDSLOTS", *self.slots_of(number))
+        wait_until(lambda: all(map(self._is_complete, self.nodes)), "the nodes to meet")
+        for node in self.nodes[self.primaries :]:
+            with node.client() as client:
+                client.execute_command("CLUSTER", "REPLICATE", self.id_of(self.nodes[0]))
+                wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica")
+        return self
+
+    def slots_of(self, number: int) -> range:
+        """The slots that a primary has at the beginning."""
+        return range(16384 * number // self.primaries, 16384 * (number + 1) // self.primaries)
+
+    def _is_complete(self, node: RedisServer) -> bool:
+        with node.client() as client:
+            found = client.execute_command("CLUSTER INFO")
+        return bool(found["cluster_state"] == "ok" and int(found["cluster_known_nodes"]) == len(self.nodes))
+
+    @staticmethod
+    def id_of(node: RedisServer) -> str:
+        with node.client() as client:
+            return str(client.execute_command("CLUSTER", "MYID").decode())
+
+    def client(self) -> redis.RedisCluster:
+        """A client for looking at and breaking what the store keeps."""
+        return redis.RedisCluster(host="127.0.0.1", port=self.nodes[0].port, socket_timeout=5)
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
+
+
+class SentinelServer:
+    """A Sentinel of our own that watches a primary as the service ``sessions`` and needs nobody's agreement."""
+
+    def __init__(self, folder: Path, primary: RedisServer, *lines: str, password: str = "") -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.password = password
+        self.process: subprocess.Popen[bytes] | None = None
+        settings = [
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"dir {folder}",
+            f"sentinel monitor sessions 127.0.0.1 {primary.port} 1",
+            # A machine that is busy with other tests is not down; a test of a failover sets less.
+            "sentinel down-after-milliseconds sessions 60000",
+            "sentinel failover-timeout sessions 3000",
+            *lines,
+            f'requirepass "{password}"',
+        ]
+        (folder / "sentinel.conf").write_text("\n".join(settings) + "\n")
+
+    def start(self) -> SentinelServer:
+        with (self.folder / "sentinel.log").open("ab") as log:
+            command = [redis_program(), str(self.folder / "sentinel.conf"), "--sentinel"]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(self._answers, "the Sentinel")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "sentinel.log").read_text()
+        try:
+            with self.client() as client:
+                return bool(client.info("server")["process_id"] == self.process.pid)
+        except redis.ConnectionError:
+            return False
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
+
+    def stop(self) -> None:
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None

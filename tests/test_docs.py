@@ -193,6 +193,10 @@ URLS = {
     "redis": "redis://localhost",
     "rediss": "rediss://localhost",
     "unix": "unix:///run/redis.sock",
+    "redis+cluster": "redis+cluster://localhost",
+    "rediss+cluster": "rediss+cluster://localhost",
+    "redis+sentinel": "redis+sentinel://localhost/service",
+    "rediss+sentinel": "rediss+sentinel://localhost/service",
 }
 
 
@@ -200,9 +204,9 @@ def test_every_scheme_is_described() -> None:
     """Each scheme of a store URL is in a heading of the page of stores."""
     with pytest.raises(ConfigError) as raised:
         open_store("nosuch://place")
-    schemes = re.findall(r"(\w+):(?:,|$)", str(raised.value).partition("allowed are")[2])
+    schemes = re.findall(r"([\w+]+):(?:,|$)", str(raised.value).partition("allowed are")[2])
     assert schemes == list(URLS)
-    documented = re.findall(r"`(\w+):`", " ".join(sections("stores.md")))
+    documented = re.findall(r"`([\w+]+):`", " ".join(sections("stores.md")))
     assert sorted(documented) == sorted(schemes)
 
 
@@ -211,7 +215,7 @@ def test_every_store_option_is_described(scheme: str, tmp_path: Path) -> None:
     """The tables of options in the section of a store have the options that its URLs take, and no other."""
     [(heading, section)] = [item for item in sections("stores.md").items() if f"`{scheme}:`" in item[0]]
     allowed = set()
-    for sibling in re.findall(r"`(\w+):`", heading):
+    for sibling in re.findall(r"`([\w+]+):`", heading):
         with pytest.raises(ConfigError) as raised:
             open_store(f"{URLS[sibling]}?nosuch=1", base_path=str(tmp_path))
         allowed |= set(str(raised.value).partition("allowed is ")[2].split(", "))

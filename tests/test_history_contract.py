@@ -43,6 +43,12 @@ class TestRedis(HistoryLogContract):
         return partial(open_store, new_url("redis"))
 
 
+class TestRedisCluster(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("redis-cluster"))
+
+
 class TestPostgreSQL(HistoryLogContract):
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:

@@ -145,7 +145,7 @@ SIBLINGS = {
 }
 DRIVERS = {
     "peewee": {"stores.sql", "stores.databases", "stores.sql_upkeep", "origins"},
-    "redis": {"stores.redis", "origins"},
+    "redis": {"stores.redis", "stores.redis_clients", "stores.redis_cluster", "origins"},
     "pymemcache": {"origins"},
     "cachelib": {"stores.cachelib", "stores.cached"},
     "ormsgpack": {"serializers"},

@@ -52,6 +52,14 @@ class TestRedis(SessionStoreContract):
         return partial(open_store, new_url("redis"))
 
 
+class TestRedisCluster(SessionStoreContract):
+    across_users = False
+
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("redis-cluster"))
+
+
 class TestPostgreSQL(SessionStoreContract):
     @pytest.fixture
     def open_store(self, new_url: NewURL) -> Opener:

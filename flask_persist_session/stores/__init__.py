@@ -22,7 +22,13 @@ _MODULES = {
     "redis": "redis",
     "rediss": "redis",
     "unix": "redis",
+    "redis+cluster": "redis",
+    "rediss+cluster": "redis",
+    "redis+sentinel": "redis",
+    "rediss+sentinel": "redis",
 }
+#: How the scheme of a URL ends that names several servers.
+_OF_MANY = ("+cluster", "+sentinel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,10 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
     try:
         parts = urlsplit(url)
         given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        parts.port  # noqa: B018  raises if it is no number
+        if parts.scheme.endswith(_OF_MANY):
+            servers_in(parts, default_port=0)
+        else:
+            parts.port  # noqa: B018  raises if it is no number
     except ValueError:
         # Not with the error's own words: they may quote a part of a password that was not escaped.
         raise ConfigError(
@@ -110,6 +119,12 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
     if len(options) < len(given):
         raise ConfigError(f"the store URL {redacted(parts)!r} has an option twice")
     return Location(parts._replace(query=""), options, base_path)
+
+
+def servers_in(url: SplitResult, default_port: int) -> list[tuple[str, int]]:
+    """Host and port of each server in a URL that names several. Raises ``ValueError`` for a port that is no number."""
+    places = [urlsplit(f"//{place}") for place in url.netloc.rpartition("@")[2].split(",")]
+    return [(place.hostname or "", place.port or default_port) for place in places]
 
 
 def _no_url(path: str) -> str:

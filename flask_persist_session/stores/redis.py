@@ -21,28 +21,23 @@ import hashlib
 import re
 import secrets
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, compress, groupby, islice
 from operator import attrgetter
-from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlunsplit
+from typing import Any, NamedTuple, TypeAlias
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
+from ..exceptions import SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
 from ..records import Change, Deletion, Finding, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import dump_tags, pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
-from . import Location, number, seconds
+from . import Location
 from .base import (
     SessionStore,
     add_up,
-    after_fork,
     can_match,
     check_namespace,
     check_save,
@@ -60,6 +55,8 @@ from .base import (
     shards_of,
     that_of,
 )
+from .redis_clients import Clients, read_location
+from .redis_cluster import ClusterClient
 from .redis_history import PROLONG, REMOVE, SCRIPTS, RedisHistory
 from .redis_upkeep import RedisCheck
 
@@ -67,7 +64,13 @@ from .redis_upkeep import RedisCheck
 _SURE = SessionStore.margin // 2
 _PAGE = 200
 #: What a server answers, also from within a script, that may be otherwise soon.
-_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN")
+_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN", "non local key")
+_PASSING_ERRORS = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ClusterError,
+    redis.exceptions.TryAgainError,
+)
 #: How many bytes the times of a packed record that has not ended stand before its version; and by what a script finds a
 #: page of a user's sessions.
 _DISTANCES = {"created_at": 29, "accessed_at": 20, "expires_at": 11}
@@ -88,93 +91,29 @@ _SHARDS_ADDED_UP_AT_ONCE = 8
 
 
 def open_location(location: Location, namespace: str) -> RedisStore:
-    """``redis://user:password@host:port/db``, ``rediss://…`` with TLS, or ``unix:///path/to/socket``.
+    """A store of one server, of a cluster, or of servers that Sentinel watches.
+
+    ``redis://user:password@host:port/db`` or ``unix:///path/to/socket``; ``redis+cluster://user:password@host:port,…``;
+    ``redis+sentinel://user:password@host:port,…/service/db``. With ``rediss`` instead of ``redis``: with TLS.
 
     Options: ``timeout`` (seconds to wait for a connection and for an answer, 2), ``prefix`` of the keys (``persist``),
-    ``db``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``.
+    ``db`` of one server, ``sentinel_username``, ``sentinel_password``, and for TLS ``ssl_ca_certs``, ``ssl_certfile``,
+    ``ssl_keyfile``, ``ssl_check_hostname`` of a cluster and of Sentinel.
     """
     clients, options = read_location(location, prefix=str)
-    return RedisStore(clients, namespace, prefix=options.get("prefix", "persist"), name=f"the Redis server {location}")
+    return RedisStore(clients, namespace, prefix=options.get("prefix", "persist"), name=f"{_what(location)} {location}")
 
 
-def read_location(location: Location, **more: Callable[[str], Any]) -> tuple[ClientPerThread, dict[str, Any]]:
-    """How to reach the server that *location* names, and the options that are read by *more*. Raises ``ConfigError``."""
-    if location.scheme == "unix":
-        if location.url.netloc.rpartition("@")[2] or not location.url.path.startswith("/"):
-            raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
-    elif not location.url.netloc or not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
-        raise ConfigError(f"{location} does not fit; write {location.scheme}://host:6379/0, with the database's number")
-    tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if location.scheme == "rediss" else ()
-    readers: dict[str, Callable[[str], Any]] = {
-        "timeout": seconds,
-        "db": number,
-        **dict.fromkeys(tls, str),
-    }
-    given = location.read_options(**readers, **more)
-    options = {name: value for name, value in given.items() if name in readers}
-    wait = options.pop("timeout", 2.0)
-
-    def connect() -> redis.Redis:
-        return redis.Redis.from_url(
-            _url(location.url),
-            socket_timeout=wait,
-            socket_connect_timeout=wait,
-            # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            single_connection_client=True,
-            **({"ssl_check_hostname": True} if location.scheme == "rediss" else {}),
-            **options,
-        )
-
-    return ClientPerThread(connect), {name: value for name, value in given.items() if name in more}
-
-
-def _url(url: SplitResult) -> str:
-    # urlunsplit leaves out the slashes before an empty host, and the client wants them.
-    return urlunsplit(url) if url.scheme != "unix" else f"unix://{url.netloc}{url.path}"
-
-
-class ClientPerThread:
-    """Makes a client with one connection for each thread; taking one from a pool costs a tenth of a command.
-
-    :param connect: makes a connected client.
-    """
-
-    def __init__(self, connect: Callable[[], Any]) -> None:
-        self._connect = connect
-        self._start()
-        after_fork(self._leave_to_parent)
-
-    def _start(self) -> None:
-        self._own = threading.local()
-
-    def _leave_to_parent(self) -> None:
-        _inherited.append(self._own)
-        self._start()
-
-    def __call__(self) -> Any:
-        try:
-            return self._own.client
-        except AttributeError:
-            self._own.client = client = self._connect()
-            return client
-
-    def close(self) -> None:
-        """Close the connection of this thread, which gets a new one when it goes on. Those of others close with them."""
-        client = self._own.__dict__.pop("client", None)
-        if client is not None:
-            client.close()
-
-
-#: Clients of the parent process: closing them here could disturb it, so they are kept from being collected.
-_inherited: list[object] = []
+def _what(location: Location) -> str:
+    kinds = {"": "the Redis server", "cluster": "the Redis cluster", "sentinel": "the Redis primary of"}
+    return kinds[location.scheme.partition("+")[2]]
 
 
 class RedisStore(SessionStore):
     """Keeps each session in a hash of a Redis server.
 
-    :param client: a ``redis.Redis`` or anything with its methods, with ``decode_responses`` off and timeouts set; or a
-        ``ClientPerThread`` of such.
+    :param client: a ``redis.Redis``, a ``redis.RedisCluster`` or anything with their methods, with ``decode_responses``
+        off and timeouts set; or ``Clients`` that give such.
     :param namespace: part of the keys.
     :param prefix: start of the keys.
     :param name: what messages call the server.
@@ -183,7 +122,9 @@ class RedisStore(SessionStore):
     def __init__(
         self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
     ) -> None:
-        self._clients = client if isinstance(client, ClientPerThread) else None
+        if isinstance(client, redis.RedisCluster):
+            client = ClusterClient(client)
+        self._clients = client if isinstance(client, Clients) else None
         self._shared_client = client
         self._namespace = namespace
         self._prefix_of_all = prefix
@@ -286,7 +227,7 @@ class RedisStore(SessionStore):
         with self._errors():
             try:
                 return int(self._run(_TRANSACTION, _together(steps)))
-            except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
+            except redis.RedisError as error:
                 if any(reason in str(error) for reason in _OTHER_SLOTS):
                     raise UnsupportedByStore(
                         f"{self._name} is a cluster, where a script reaches the sessions of one shard, that is of one "
@@ -439,8 +380,10 @@ class RedisStore(SessionStore):
     # Statistics -------------------------------------------------------------------------------------------------------
 
     def _stats_of_shards(self, now: float) -> Iterator[StoreStats]:
-        for first in range(0, SHARDS, _SHARDS_ADDED_UP_AT_ONCE):
-            shards = [f"{shard:03x}" for shard in range(first, first + _SHARDS_ADDED_UP_AT_ONCE)]
+        with self._errors():
+            at_once = _SHARDS_ADDED_UP_AT_ONCE * getattr(self._client, "primaries", 1)
+        for first in range(0, SHARDS, at_once):
+            shards = [f"{shard:03x}" for shard in range(first, min(first + at_once, SHARDS))]
             with self._errors(), self._client.pipeline(transaction=False) as pipeline:
                 for shard in shards:
                     pipeline.execute_command("EVAL", _STATS.text, 1, self._expiry_key(shard), repr(now), _SURE)
@@ -456,43 +399,53 @@ class RedisStore(SessionStore):
     # Scripts ----------------------------------------------------------------------------------------------------------
 
     def _run(self, script: _Script, arguments: tuple[Any, ...]) -> Any:
+        client = self._client
+        given = _with_all_keys(script, arguments) if isinstance(client, ClusterClient) else arguments
         # Sent directly, because the script objects of the client cost a tenth more.
         try:
-            return self._client.execute_command("EVALSHA", script.sha, *arguments)
+            return client.execute_command("EVALSHA", script.sha, *given)
         except redis.exceptions.NoScriptError:
-            return self._client.execute_command("EVAL", script.text, *arguments)
+            return client.execute_command("EVAL", script.text, *given)
 
     def _run_each(self, steps: Sequence[_Step]) -> list[bool]:
+        """Whether each step was done."""
         outcomes: list[bool] = []
         for part in _parts(steps, _STEPS_SENT, _BYTES_SENT):
-            calls = [_call(together) for together in _at_once(part)]
-            with self._errors(), self._client.pipeline(transaction=False) as pipeline:
-                sent = set[_Script]()
-                for script, arguments in calls:
-                    # The text comes once, for the server keeps it: it is as long as most records.
-                    name, source = ("EVALSHA", script.sha) if script in sent else ("EVAL", script.text)
-                    sent.add(script)
-                    pipeline.execute_command(name, source, *arguments)
-                answers = pipeline.execute(raise_on_error=False)
-                for call, answer in zip(calls, answers, strict=True):
-                    outcomes += self._outcomes(self._settled(*call, answer))
+            with self._errors():
+                outcomes += map(bool, chain.from_iterable(self._answers(list(self._calls(part)))))
         return outcomes
 
-    def _outcomes(self, answer: Any) -> list[bool]:
-        """What a script says of each step, or the one script of one step. Raises what is wrong with any."""
-        answers = answer if isinstance(answer, list) else [answer]
-        for problem in answers:
-            if isinstance(problem, redis.RedisError):
-                raise problem
-        return [bool(done) for done in answers]
+    def _calls(self, steps: Iterable[_Step]) -> Iterator[_Call]:
+        if not isinstance(self._client, ClusterClient):
+            yield from map(_call, _at_once(steps))
+            return
+        # One by one, for each to be refused whole while its keys move to another node.
+        for step in steps:
+            script, arguments = _call([step])
+            yield script, _with_all_keys(script, arguments)
 
-    def _settled(self, script: _Script, arguments: tuple[Any, ...], answer: Any) -> Any:
-        """The answer to one of many calls, once more if the server, or another node of a cluster, had lost the script."""
+    def _answers(self, calls: Sequence[_Call]) -> Iterator[list[Any]]:
+        """What each script answers of its steps."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            sent = set[_Script]()
+            for script, arguments in calls:
+                # The text comes once, for the server keeps it: it is as long as most records.
+                name, source = ("EVALSHA", script.sha) if script in sent else ("EVAL", script.text)
+                sent.add(script)
+                pipeline.execute_command(name, source, *arguments)
+            answers = pipeline.execute(raise_on_error=False)
+        for call, answer in zip(calls, answers, strict=True):
+            yield self._settled(*call, answer)
+
+    def _settled(self, script: _Script, arguments: tuple[Any, ...], answer: Any) -> list[Any]:
+        """The answer to a call, once more if the server has lost the script. Raises what is wrong with any of its steps."""
         if isinstance(answer, redis.exceptions.NoScriptError):
-            return self._run(script, arguments)
-        if isinstance(answer, redis.RedisError):
-            raise answer
-        return answer
+            answer = self._client.execute_command("EVAL", script.text, *arguments)
+        outcomes = answer if isinstance(answer, list) else [answer]
+        for outcome in outcomes:
+            if isinstance(outcome, redis.RedisError):
+                raise outcome
+        return outcomes
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -505,7 +458,9 @@ class RedisStore(SessionStore):
     def _failure(self, error: redis.RedisError) -> StoreError:
         if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
             return StoreUnavailable(f"{self._name} cannot be reached: {error}")
-        if any(word in str(error) for word in _PASSING):
+        if self._clients and (isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in str(error)):
+            self._clients.renew()  # another is the primary now
+        if isinstance(error, _PASSING_ERRORS) or any(word in str(error) for word in _PASSING):
             return StoreUnavailable(f"{self._name} cannot serve at the moment: {error}")
         return StoreError(f"{self._name} failed: {error}")
 
@@ -564,6 +519,10 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+#: A script and its arguments: the number of its keys, the keys, the others.
+_Call: TypeAlias = "tuple[_Script, tuple[Any, ...]]"
+
+
 class _Step(NamedTuple):
     """What a script does with one of several sessions."""
 
@@ -580,7 +539,7 @@ def _together(steps: Sequence[_Step]) -> tuple[Any, ...]:
     return len(keys), *keys, *chain.from_iterable(step.arguments for step in steps)
 
 
-def _call(steps: Sequence[_Step]) -> tuple[_Script, tuple[Any, ...]]:
+def _call(steps: Sequence[_Step]) -> _Call:
     """The script that runs each of these steps, and its arguments."""
     if len(steps) > 1:
         return _EACH, _together(steps)
@@ -884,6 +843,27 @@ return 1
 
 _HISTORY_SCRIPTS = tuple(map(_Script, SCRIPTS))
 
+#: The keys of a shard, beside that of a session, that scripts write, and must not make anew.
+_WRITTEN: dict[_Script, tuple[str, ...]] = {
+    **dict.fromkeys((_SAVE, _CREATE), ("expiry", "facts")),
+    **dict.fromkeys(_HISTORY_SCRIPTS, ("h:{id}", "hk:{id}")),
+    _DELETE: ("expiry", "facts", "h:{id}", "hk:{id}"),
+}
+
+
+def _with_all_keys(script: _Script, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a script is given, with the keys named that it derives from its first one.
+
+    While a slot moves to another node of a cluster, a key after the other, a node refuses a script before it begins if it
+    has some of the named keys only. The others it would write half, or make anew beside those that are to come.
+    """
+    number, key, *given = arguments
+    shard, _, session_id = key.rpartition(":s:")
+    names = [name.format(id=session_id) for name in _WRITTEN.get(script, ())]
+    if script in (_SAVE, _CREATE) and (user := _user_in(given[2])):
+        names.append(f"u{user}")
+    return number + len(names), key, *(f"{shard}:{name}" for name in names), *given
+
 
 _FACTS = struct.Struct("<ddIBHH")
 
@@ -900,6 +880,12 @@ def _facts(record: SessionRecord) -> bytes:
     ended, size = record.ended_at is not None, len(record.data)
     numbers = _FACTS.pack(record.expires_at, record.created_at, size, ended, owner_size, len(user))
     return b"".join((numbers, user, tenant, dump_tags(record.tags).encode()))
+
+
+def _user_in(facts: bytes) -> str:
+    """The user, behind a colon, or nothing."""
+    *_, size = _FACTS.unpack_from(facts)
+    return facts[_FACTS.size : _FACTS.size + size].decode()
 
 
 def _lifetime(record: SessionRecord, margin: float) -> int:

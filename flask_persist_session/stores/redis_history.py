@@ -33,10 +33,11 @@ from .history import (
 
 #: For the store's own scripts: remove the history of the session *id* of a *shard*.
 REMOVE = "redis.call('UNLINK', shard .. ':h:' .. id, shard .. ':hk:' .. id)"
-#: For the same: let it live as long as the session.
+#: For the same: let it live as long as the session. An error is none that a save should end half done for: on a node of a
+#: cluster from which the slot moves, keys that are not there are refused, and the margin of their lives is a week.
 PROLONG = """
-  redis.call('PEXPIRE', shard .. ':h:' .. id, ARGV[4])
-  redis.call('PEXPIRE', shard .. ':hk:' .. id, ARGV[4])
+  redis.pcall('PEXPIRE', shard .. ':h:' .. id, ARGV[4])
+  redis.pcall('PEXPIRE', shard .. ':hk:' .. id, ARGV[4])
 """
 
 # What scripts share whose first key is that of a session. An entry is never removed but with all others, so there are as
