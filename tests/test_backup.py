@@ -46,7 +46,7 @@ from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in, newest_before
-from flask_persist_session.stores import redis as redis_module
+from flask_persist_session.stores import redis_scripts
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
 
@@ -367,7 +367,7 @@ def test_a_server_that_loses_its_scripts_gets_them_again(
     manager = new_manager(clock)
     fill(manager)
     path = save_archive(manager, tmp_path).path
-    for script in redis_module._CREATE, redis_module._EACH:
+    for script in redis_scripts.CREATE, redis_scripts.EACH:
         monkeypatch.setattr(script, "sha", "0" * 40)
     other = new_manager(clock, new_url("redis"))
     assert counts(load(other, path)) == {"restored": 5}
