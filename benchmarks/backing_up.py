@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import redis
+
 from benchmarks.measuring import progress
 from benchmarks.places import Places
 from benchmarks.processes import Delays, Requests, in_process, peak
@@ -73,7 +75,8 @@ def measure(places: Places, kind: str, number: int) -> Iterator[Result]:
             time.sleep(min(10, seconds))
         yield Result("… without", 0, 0, requests.delays)
         if kind == "redis" and name == "backup":
-            places.redis.client().flushdb()  # room for the other million
+            with redis.Redis(port=places.redis.port, socket_timeout=60) as client:
+                client.flushdb()  # room for the other million
 
 
 # What the processes do ------------------------------------------------------------------------------------------------
