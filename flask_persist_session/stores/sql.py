@@ -1,4 +1,4 @@
-"""Sessions in a SQL database through peewee: SQLite, and PostgreSQL with psycopg.
+"""Sessions in a SQL database through peewee: SQLite, PostgreSQL with psycopg, MySQL and MariaDB with PyMySQL.
 
 One table per namespace, ``persist_session_web`` for Flask's own; made by the first that comes, however many come at
 once. The store has connections of its own, one per thread, and never touches one of the application's.
@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -50,8 +51,18 @@ from .base import (
     per_tag,
     that_of,
 )
-from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
-from .sql_history import TABLES_LOCK, HistoryTable, SQLHistory
+from .databases import (
+    Connect,
+    GaveWay,
+    Name,
+    PerThread,
+    again,
+    inherited,
+    open_postgresql,
+    open_sqlite,
+    translated,
+)
+from .sql_history import HistoryTable, SQLHistory
 from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
@@ -66,14 +77,23 @@ _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 
 
 def open_location(location: Location, namespace: str) -> SQLStore:
-    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``postgresql://user:password@host:port/name``.
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://user:password@host:port/name``, ``mysql://…``.
 
     Options: ``timeout`` (seconds to wait for a lock, a connection or an answer, 5); for SQLite ``synchronous``
     (``normal``; ``full`` makes each save survive a power cut); for PostgreSQL ``host`` (a directory of sockets),
-    ``sslmode`` and ``sslrootcert``.
+    ``sslmode`` and ``sslrootcert``; for MySQL, which may be written ``mariadb:``, ``socket``, ``ssl_mode``, ``ssl_ca``.
     """
-    name, connect, patience = (open_sqlite if location.scheme == "sqlite" else open_postgresql)(location)
+    open_database = {"sqlite": open_sqlite, "postgresql": open_postgresql}.get(location.scheme, _open_mysql)
+    name, connect, patience = open_database(location)
     return SQLStore(connect, namespace, name=name, patience=patience)
+
+
+def _open_mysql(location: Location) -> tuple[str, Connect, float]:
+    if find_spec("pymysql") is None:
+        raise ConfigError(f"{location} needs PyMySQL: pip install 'flask-persist-session[mysql]'")
+    from .mysql import open_mysql
+
+    return open_mysql(location)
 
 
 class _WrongSchema(StoreError):
@@ -111,7 +131,7 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
-        self._histories = HistoryTable(self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
+        self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -128,6 +148,7 @@ class SQLStore(SessionStore):
                 row = self._row(session_id)
         return None if row is None else that_of(_record(row), session_id)
 
+    @again
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         try:
@@ -137,6 +158,7 @@ class SQLStore(SessionStore):
         if not saved:
             raise conflict(record.id, expected)
 
+    @again
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         with self._using() as database:
             return self._remove(database, Deletion(id=session_id, expected=expected))
@@ -226,6 +248,7 @@ class SQLStore(SessionStore):
         counted = model.select(model.tags, pw.fn.COUNT(pw.SQL("*"))).where(model.tags != "")
         return counted.group_by(model.tags).tuples()
 
+    @again
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
@@ -243,10 +266,15 @@ class SQLStore(SessionStore):
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         outcomes: list[bool] = []
         for start in range(0, len(deletions), _AT_ONCE):
-            with self._using() as database, database.in_turn():
-                outcomes += [self._remove(database, deletion) for deletion in deletions[start : start + _AT_ONCE]]
+            outcomes += self._delete_in_turn(deletions[start : start + _AT_ONCE])
         return outcomes
 
+    @again
+    def _delete_in_turn(self, deletions: Sequence[Deletion]) -> list[bool]:
+        with self._using() as database, database.in_turn():
+            return [self._remove(database, deletion) for deletion in deletions]
+
+    @again
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
         with self._using() as database, database.atomic():
@@ -259,6 +287,7 @@ class SQLStore(SessionStore):
                 if not done:
                     raise conflict(change.id, change.expected)
 
+    @again
     def lease(self, name: str, seconds: float) -> bool:
         leases, now = self._leases, time.time()
         key, holder = f"{self._namespace}:{name}", lease_holder(self._holder)
@@ -292,7 +321,7 @@ class SQLStore(SessionStore):
                     yield from check.run()
             yield from self._stray_histories(repair)
         except pw.PeeweeException as error:
-            if not isinstance(error, pw.DatabaseError) or _will_pass(error):
+            if not isinstance(error, pw.DatabaseError) or self._database.will_pass(error):
                 raise self._failure(error) from error
             text = f"it cannot be read: {error}; restore the newest backup into a new database"
             yield Finding(kind="database", where=self._name, text=text)
@@ -318,6 +347,7 @@ class SQLStore(SessionStore):
         finally:
             database.close()
 
+    @again
     def note(self, name: str, moment: float) -> None:
         leases, key = self._leases, self._note_key(name)
         row = leases.insert(name=key, holder="", until=moment)
@@ -411,7 +441,8 @@ class SQLStore(SessionStore):
         if query.after is not None and query.order_by is not None:
             keys = self._keys(query.order_by)
             value, session_id = query.after
-            conditions.append(_beyond(keys, [session_id] if query.by_id else [float(value), session_id], query.descending))
+            values = [session_id] if query.by_id else [float(value), session_id]
+            conditions.append(self._database.beyond(keys, values, descending=query.descending))
         return conditions
 
     def _keys(self, order_by: str) -> list[Any]:
@@ -436,7 +467,7 @@ class SQLStore(SessionStore):
             size = _PAGE if limit is None else min(_PAGE, limit)
             page = rows.limit(size).offset(offset if after is None else 0)
             if after is not None:
-                page = page.where(_beyond(keys, after, descending))
+                page = page.where(self._database.beyond(keys, after, descending=descending))
             with self._using() as database, translated:
                 # Not through the rows of peewee, which take as long as making the records does.
                 found = database.execute_sql(*page.bind(database).sql()).fetchall()  # type: ignore[no-untyped-call]
@@ -487,10 +518,13 @@ class SQLStore(SessionStore):
         return True
 
     def _failure(self, error: pw.PeeweeException) -> StoreError:
-        passing = _will_pass(error)
+        text = f"{self._name} failed: {error}"
+        if self._database.gave_way(error):
+            return GaveWay(text)
+        passing = self._database.will_pass(error)
         if passing and not self._database.is_closed() and not self._database.in_transaction():
             self._database.close()  # the next use connects anew
-        return (StoreUnavailable if passing else StoreError)(f"{self._name} failed: {error}")
+        return (StoreUnavailable if passing else StoreError)(text)
 
     def _prepare(self) -> None:
         self._connect_in_turn()  # outside of the lock: nobody waits for the connections of other threads
@@ -521,15 +555,10 @@ class SQLStore(SessionStore):
             if not database.table_exists(model._meta.table_name)
         ]
         if missing:
-            if isinstance(database, pw.PostgresqlDatabase):
-                # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
-                database.execute_sql(  # type: ignore[no-untyped-call]
-                    "SELECT pg_advisory_xact_lock(%s)", (TABLES_LOCK,)
-                )
-            for model in missing:
-                with model.bind_ctx(database):
-                    model.create_table(safe=True)
+            # The one of the sessions last: where each of them is there at once, for good, whoever finds that finds all.
+            database.make([model for model in missing if model is not self._model])
             self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
+            database.make([model for model in missing if model is self._model])
         found = self._schema.select(self._schema.version).where(self._schema.name == table).scalar(database)
         if found != SCHEMA_VERSION:
             raise _WrongSchema(
@@ -542,9 +571,9 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     """The tables of one namespace: its sessions, the leases, the versions of the schema."""
 
     class Session(pw.Model):
-        id = pw.TextField(primary_key=True)
-        user_id = pw.TextField(null=True)
-        tenant_id = pw.TextField(null=True)
+        id = Name(primary_key=True)
+        user_id = Name(null=True)
+        tenant_id = Name(null=True)
         tags = pw.TextField()
         metadata = pw.TextField()
         created_at = pw.DoubleField()
@@ -567,7 +596,7 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     Session.add_index(pw.ModelIndex(Session, [Session.user_id, second], name=f"{table}_user"))
 
     class Lease(pw.Model):
-        name = pw.TextField(primary_key=True)
+        name = Name(primary_key=True)
         holder = pw.TextField()
         until = pw.DoubleField()
 
@@ -575,7 +604,7 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
             table_name = "persist_lease"
 
     class Schema(pw.Model):
-        name = pw.TextField(primary_key=True)
+        name = Name(primary_key=True)
         version = pw.IntegerField()
 
         class Meta:
@@ -644,26 +673,8 @@ def _named_record(values: dict[str, Any]) -> SessionRecord:
     return _record([values[name] for name in _COLUMNS])
 
 
-def _beyond(keys: Sequence[Any], values: Sequence[Any], descending: bool) -> Any:
-    """That a row comes later in the order of *keys* than one with *values*."""
-    here, there = pw.Tuple(*keys), pw.Tuple(*values)
-    return here < there if descending else here > there
-
-
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
     """The part of *query* that only ``matches`` can judge; ``None`` if there is none."""
     if query.tags or query.text is not None:
         return SessionQuery(tags=query.tags, text=query.text)
     return None
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def _will_pass(error: pw.PeeweeException) -> bool:
-    """Whether the database may be reachable again soon: locked, refused, timed out, connection lost."""
-    if isinstance(error, pw.InterfaceError):
-        return True
-    text = str(error)
-    lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
-    return isinstance(error, pw.OperationalError) and not any(word in text for word in lasting)
