@@ -176,6 +176,23 @@ class PostgreSQLServer:
         self._server.cleanup()
 
 
+def name_of_mysql(url: str) -> str:
+    """The database of a store URL that ``MySQLServer`` gave."""
+    return url.partition("@localhost/")[2].partition("?")[0]
+
+
+def connect_to_mysql(url: str) -> pymysql.connections.Connection:
+    """A connection to the database of a store URL, for looking at and breaking what the store keeps."""
+    return pymysql.connect(
+        unix_socket=url.partition("socket=")[2].partition("&")[0],
+        user="root",
+        database=name_of_mysql(url) or None,
+        autocommit=True,
+        read_timeout=DEADLINE,
+        ssl_disabled=True,  # to get ready for it takes long
+    )
+
+
 class MySQLServer:
     """A MariaDB or MySQL server of our own, reached through a socket in its folder."""
 
@@ -214,6 +231,7 @@ class MySQLServer:
             "pid-file": self.folder / "mysql.pid",
             "innodb-flush-log-at-trx-commit": 0,
             "innodb-buffer-pool-size": "64M",
+            "innodb-doublewrite": 0,
         }
         command = [program, "--no-defaults", "--skip-log-bin", *(f"--{name}={value}" for name, value in options.items())]
         return [*command, "--user=root"] if os.geteuid() == 0 else command
@@ -240,12 +258,6 @@ class MySQLServer:
         ((path,),) = self.execute("SELECT @@pid_file")
         return int(Path(str(path)).read_text()) == self.process.pid
 
-    def connect(self, database: str | None = None) -> pymysql.connections.Connection:
-        """A connection for looking at and breaking what the store keeps."""
-        return pymysql.connect(
-            unix_socket=str(self.socket), user="root", database=database, autocommit=True, read_timeout=DEADLINE
-        )
-
     def take(self) -> str:
         """The store URL of an empty database, which is nobody else's until it is given back."""
         if self._free:
@@ -255,7 +267,7 @@ class MySQLServer:
         return f"mysql://root@localhost/test{self._count}?socket={self.socket}"
 
     def give_back(self, url: str) -> None:
-        name = url.partition("@localhost/")[2].partition("?")[0]
+        name = name_of_mysql(url)
         # Connections that a test left open would hold locks on its tables.
         for (number,) in self.execute("SELECT id FROM information_schema.processlist WHERE db = %s", name):
             with suppress(pymysql.err.OperationalError):  # it has ended by itself
@@ -266,7 +278,7 @@ class MySQLServer:
 
     def execute(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         """What a statement gives, as the administrator."""
-        with self.connect() as connection, connection.cursor() as cursor:
+        with connect_to_mysql(f"mysql://root@localhost/?socket={self.socket}") as connection, connection.cursor() as cursor:
             cursor.execute(statement, values or None)
             return list(cursor.fetchall())
 
