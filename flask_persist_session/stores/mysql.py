@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import ssl
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +15,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import peewee as pw
 import pymysql
 from pymysql.constants import CR, ER, FIELD_TYPE
-from pymysql.converters import conversions
+from pymysql.converters import conversions, escape_float
 from pymysql.cursors import SSCursor
 
 from ..exceptions import ConfigError
@@ -142,7 +144,7 @@ class _MySQL(PerThread, _PyMySQL):
         return isinstance(error, pw.InterfaceError) or _number_of(error) in _PASSING
 
     def gave_way(self, error: pw.PeeweeException) -> bool:
-        return _number_of(error) == ER.LOCK_DEADLOCK
+        return bool(_number_of(error) == ER.LOCK_DEADLOCK)
 
     def take_time(self) -> None:
         self.connect_params |= {"read_timeout": None, "write_timeout": None}
@@ -202,6 +204,13 @@ def _text(value: str | bytes) -> str | bytes:
     return value
 
 
+def _moment(value: float, mapping: Any = None) -> str:
+    """A number as SQL, which has no word for infinity: whatever is stored is nearer than the largest number."""
+    if math.isnan(value):
+        return "NULL"
+    return str(escape_float(max(-sys.float_info.max, min(value, sys.float_info.max))))
+
+
 def open_mysql(location: Location) -> tuple[str, Connect, float]:
     """For a ``mysql:`` or ``mariadb:`` URL: what messages call the database, how to connect, how many seconds to wait.
 
@@ -223,7 +232,7 @@ def open_mysql(location: Location) -> tuple[str, Connect, float]:
         "read_timeout": wait + 1,
         "write_timeout": wait + 1,
         "init_command": _settings(wait) + _longest_statement(wait),
-        "conv": conversions | {FIELD_TYPE.VAR_STRING: _text, FIELD_TYPE.STRING: _text},
+        "conv": conversions | {float: _moment, FIELD_TYPE.VAR_STRING: _text, FIELD_TYPE.STRING: _text},
         **_security(location, options.get("ssl_mode"), options.get("ssl_ca")),
     }
     given = {key: value for key, value in parameters.items() if value is not None}
