@@ -200,8 +200,9 @@ class MySQLServer:
     #: Debian has them where only root looks for programs.
     PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/libexec"])
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self.options = options
         self.socket = folder / "mysql.sock"
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -218,7 +219,9 @@ class MySQLServer:
         assert program is not None
         self._make_data(program)
         with (self.folder / "mysql.log").open("ab") as log:
-            self.process = subprocess.Popen([*self._command(program), "--bind-address=127.0.0.1"], stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [*self._command(program), "--bind-address=127.0.0.1", *self.options], stdout=log, stderr=log
+            )
         wait_until(self._answers, "the MySQL server")
         return self
 
@@ -269,12 +272,16 @@ class MySQLServer:
     def give_back(self, url: str) -> None:
         name = name_of_mysql(url)
         # Connections that a test left open would hold locks on its tables.
-        for (number,) in self.execute("SELECT id FROM information_schema.processlist WHERE db = %s", name):
+        for (number,) in self.connections(url):
             with suppress(pymysql.err.OperationalError):  # it has ended by itself
                 self.execute(f"KILL {number}")
         self.execute(f"DROP DATABASE {name}")
         self.execute(f"CREATE DATABASE {name}")
         self._free.append(url)
+
+    def connections(self, url: str) -> list[tuple[object, ...]]:
+        """The numbers of the connections to the database of a store URL."""
+        return self.execute("SELECT id FROM information_schema.processlist WHERE db = %s", name_of_mysql(url))
 
     def execute(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         """What a statement gives, as the administrator."""
