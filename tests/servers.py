@@ -235,6 +235,7 @@ class MySQLServer:
             "innodb-flush-log-at-trx-commit": 0,
             "innodb-buffer-pool-size": "64M",
             "innodb-doublewrite": 0,
+            "loose-mysqlx": 0,
         }
         command = [program, "--no-defaults", "--skip-log-bin", *(f"--{name}={value}" for name, value in options.items())]
         return [*command, "--user=root"] if os.geteuid() == 0 else command
@@ -243,9 +244,9 @@ class MySQLServer:
         (self.folder / "data").mkdir()
         version = subprocess.run([program, "--no-defaults", "--version"], capture_output=True, text=True, check=True).stdout
         if "MariaDB" in version:
-            # What its own script does, which needs programs of other packages.
-            share = Path(program).parents[1] / "share/mysql"
-            tables = [(share / f"mysql_system_tables{part}.sql").read_bytes() for part in ("", "_data")]
+            # What its own script does, which needs programs of other packages. Releases differ in the names of the files.
+            share = Path(program).resolve().parents[1] / "share"
+            tables = [next(share.glob(f"m*/*_system_tables{part}.sql")).read_bytes() for part in ("", "_data")]
             options, given = ["--bootstrap"], b"".join([b"CREATE DATABASE mysql;\nUSE mysql;\n", *tables])
         else:
             options, given = ["--initialize-insecure"], b""

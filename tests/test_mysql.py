@@ -307,7 +307,7 @@ def test_the_url_may_say_mariadb(url: str) -> None:
 def test_a_password_of_any_letters(url: str, mysql_server: MySQLServer) -> None:
     """A password is percent-encoded in the URL, and may have letters beyond Latin."""
     name = name_of_mysql(url)
-    mysql_server.execute("CREATE OR REPLACE USER 'ада'@'%' IDENTIFIED BY 'пароль/@:%'")
+    mysql_server.execute("CREATE USER 'ада'@'%' IDENTIFIED BY 'пароль/@:%'")
     mysql_server.execute(f"GRANT ALL ON {name}.* TO 'ада'@'%'")
     try:
         with closing(open_store(url.replace("root@", "ада:пароль%2F%40:%25@"))) as store:
@@ -322,7 +322,7 @@ def test_a_user_who_may_not_create_tables_uses_those_that_are_there(url: str, my
     with closing(open_store(url)) as owner:
         owner.save(make_record(), expected=0)
         owner.history.append(make_record().id, [b"x"], created_at=1.0)
-    mysql_server.execute("CREATE OR REPLACE USER clerk@'%' IDENTIFIED BY ''")
+    mysql_server.execute("CREATE USER clerk@'%' IDENTIFIED BY ''")
     mysql_server.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {name_of_mysql(url)}.* TO clerk@'%'")
     try:
         with closing(open_store(url.replace("root@", "clerk@"))) as store:
