@@ -348,3 +348,12 @@ def open_postgresql(location: Location) -> tuple[str, Connect, float]:
         return _PostgreSQL(name, prefer_psycopg3=True, **given)
 
     return f"the PostgreSQL database {location}", connect, wait
+
+
+def open_mysql(location: Location) -> tuple[str, Connect, float]:
+    """The same for a ``mysql:`` or ``mariadb:`` URL. Raises ``ConfigError``, also where PyMySQL is not installed."""
+    if find_spec("pymysql") is None:
+        raise ConfigError(f"{location} needs PyMySQL: pip install 'flask-persist-session[mysql]'")
+    from . import mysql
+
+    return mysql.open_mysql(location)

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from importlib.util import find_spec
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -58,6 +57,7 @@ from .databases import (
     PerThread,
     again,
     inherited,
+    open_mysql,
     open_postgresql,
     open_sqlite,
     translated,
@@ -83,17 +83,9 @@ def open_location(location: Location, namespace: str) -> SQLStore:
     (``normal``; ``full`` makes each save survive a power cut); for PostgreSQL ``host`` (a directory of sockets),
     ``sslmode`` and ``sslrootcert``; for MySQL, which may be written ``mariadb:``, ``socket``, ``ssl_mode``, ``ssl_ca``.
     """
-    open_database = {"sqlite": open_sqlite, "postgresql": open_postgresql}.get(location.scheme, _open_mysql)
+    open_database = {"sqlite": open_sqlite, "postgresql": open_postgresql}.get(location.scheme, open_mysql)
     name, connect, patience = open_database(location)
     return SQLStore(connect, namespace, name=name, patience=patience)
-
-
-def _open_mysql(location: Location) -> tuple[str, Connect, float]:
-    if find_spec("pymysql") is None:
-        raise ConfigError(f"{location} needs PyMySQL: pip install 'flask-persist-session[mysql]'")
-    from .mysql import open_mysql
-
-    return open_mysql(location)
 
 
 class _WrongSchema(StoreError):
