@@ -482,6 +482,16 @@ def test_optimizing_gives_room_back(store: SessionStore) -> None:
     assert done.freed > 1_000_000
 
 
+def test_what_could_not_be_tidied_up_is_an_error(url: str) -> None:
+    """Where somebody has locked the table, that is told in place of a success."""
+    with closing(open_store(f"{url}&timeout=1")) as store, connect_to_mysql(url) as connection:
+        store.save(make_record(), expected=0)
+        with connection.cursor() as cursor:
+            cursor.execute("LOCK TABLES persist_session_web WRITE")
+            with pytest.raises(StoreError, match="Lock wait timeout"):
+                list(store.optimize(full=True))
+
+
 # Forks ----------------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,9 @@ _PASSING: frozenset[int] = frozenset({
     *(ER.NEW_ABORTING_CONNECTION, ER.ABORTING_CONNECTION),
     *(ER.NET_READ_ERROR, ER.NET_READ_INTERRUPTED, ER.NET_ERROR_ON_WRITE, ER.NET_WRITE_INTERRUPTED),
     *(CR.CR_CONNECTION_ERROR, CR.CR_CONN_HOST_ERROR, CR.CR_UNKNOWN_HOST, CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST),
+    1047,  # Galera: this node is not ready
     1836,  # MySQL: read-only
+    1927,  # MariaDB: somebody ended the connection
     1969,  # MariaDB: max_statement_time
     3024,  # MySQL: max_execution_time
     4031,  # MySQL: nobody used the connection for long

@@ -215,7 +215,8 @@ def _tidy_up_postgresql(database: PerThread, table: str, full: bool) -> Iterator
 
 def _tidy_up_mysql(database: PerThread, table: str, full: bool) -> Iterator[Improvement]:
     before = _bytes_in_mysql(database, table)
-    fetched(database, f'{"OPTIMIZE" if full else "ANALYZE"} TABLE "{table}"')
+    if full:
+        _maintain(database, "OPTIMIZE", table)
     freed = max(0, before - _bytes_in_mysql(database, table)) if full else 0
     text = "rewrote the table and brought" if full else "brought"
     yield Improvement(text=f"{text} the statistics of the query planner up to date", freed=freed)
@@ -223,9 +224,16 @@ def _tidy_up_mysql(database: PerThread, table: str, full: bool) -> Iterator[Impr
 
 def _bytes_in_mysql(database: PerThread, table: str) -> int:
     # What the dictionary of tables says of it may be as old as the statistics.
-    fetched(database, f'ANALYZE TABLE "{table}"')
+    _maintain(database, "ANALYZE", table)
     size = "SELECT data_length + index_length FROM information_schema.tables WHERE table_schema = DATABASE()"
     return int(fetched(database, f"{size} AND table_name = %s", (table,))[0][0] or 0)
+
+
+def _maintain(database: PerThread, what: str, table: str) -> None:
+    # It answers with what went wrong in place of failing.
+    for _, _, kind, text in fetched(database, f'{what} TABLE "{table}"'):
+        if kind.lower() == "error":
+            raise pw.OperationalError(f"{what} TABLE {table}: {text}")
 
 
 def _number(database: PerThread, pragma: str) -> int:
