@@ -100,7 +100,8 @@ class _PyMySQL(pw.MySQLDatabase):
 
 
 class _MySQL(PerThread, _PyMySQL):
-    # No collation compares texts like the other databases do: they take some letters, or spaces at the end, as equal.
+    # No collation that both servers have compares texts as the other databases do: some letters, or spaces at the end, are
+    # equal to it.
     field_types = pw.MySQLDatabase.field_types | {
         "NAME": "VARBINARY(2048)",
         "TEXT": "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
