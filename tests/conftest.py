@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,8 +80,11 @@ def postgresql_server() -> Iterator[PostgreSQLServer]:
 def mysql_server() -> Iterator[MySQLServer]:
     if MySQLServer.program() is None:
         pytest.skip("there is no MariaDB or MySQL server on PATH; “make database” gets one")
-    # The name of a socket has to be short, which those below pytest's own folder are not.
-    with tempfile.TemporaryDirectory(prefix="mysql-") as folder:
+    # The name of a socket has to be short, which those below pytest's own folder are not. In memory, where there is enough,
+    # tables are made in a third of the time.
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
+    with tempfile.TemporaryDirectory(prefix="mysql-", dir=place) as folder:
         server = MySQLServer(Path(folder)).start()
         yield server
         server.stop()

@@ -226,9 +226,10 @@ class MySQLServer:
         return self
 
     def _command(self, program: str) -> list[str]:
-        # What the tests keep need not survive a power cut.
+        # What the tests keep need not survive a power cut. Temporary tables of others are removed by whoever starts.
         options = {
             "datadir": self.folder / "data",
+            "tmpdir": self.folder / "temporary",
             "socket": self.socket,
             "port": self.port,
             "pid-file": self.folder / "mysql.pid",
@@ -242,6 +243,7 @@ class MySQLServer:
 
     def _make_data(self, program: str) -> None:
         (self.folder / "data").mkdir()
+        (self.folder / "temporary").mkdir()
         version = subprocess.run([program, "--no-defaults", "--version"], capture_output=True, text=True, check=True).stdout
         if "MariaDB" in version:
             # What its own script does, which needs programs of other packages. Releases differ in the names of the files.
