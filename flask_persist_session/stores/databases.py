@@ -54,8 +54,10 @@ def again(method: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(method)
     def run(*arguments: _P.args, **options: _P.kwargs) -> _T:
         for _ in range(_WAYS_GIVEN):
-            with suppress(GaveWay):
+            try:
                 return method(*arguments, **options)
+            except GaveWay:
+                continue
         return method(*arguments, **options)
 
     return run
