@@ -79,7 +79,9 @@ def postgresql_server() -> Iterator[PostgreSQLServer]:
 @pytest.fixture(scope="session")
 def mysql_server() -> Iterator[MySQLServer]:
     if MySQLServer.program() is None:
-        pytest.skip("there is no MariaDB or MySQL server on PATH; “make database” gets one")
+        pytest.skip(
+            "there is no MariaDB or MySQL server here; “make database” gets one, or apt-get install mariadb-server-core"
+        )
     # The name of a socket has to be short, which those below pytest's own folder are not. In memory, where there is enough,
     # tables are made in a third of the time.
     memory = Path("/dev/shm")
