@@ -296,6 +296,8 @@ class MySQLServer:
         """Hang: the server accepts connections and never answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        # Until all of its threads have stopped, one of them may answer.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         assert self.process is not None

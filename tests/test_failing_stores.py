@@ -573,8 +573,7 @@ def test_hanging_mysql_is_unavailable(
     make_site: Callable[..., Flask], new_url: Callable[[str], str], mysql_server: MySQLServer
 ) -> None:
     """A server that never answers is unavailable in bounded time, whether there is a connection to it or not."""
-    site = make_site(f"{new_url('mysql')}&timeout=0.3")
-    client = site.test_client()
+    client = make_site(f"{new_url('mysql')}&timeout=0.3").test_client()
     client.get("/write/Ada")
     rescue = threading.Timer(2 * PATIENCE, mysql_server.resume)
     mysql_server.pause()

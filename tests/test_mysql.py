@@ -260,6 +260,23 @@ def test_a_connection_that_is_lost_in_a_transaction_loses_all_of_it(
     assert store.count(SessionQuery()) == 3
 
 
+def test_a_server_that_hangs_is_waited_for_once(
+    url: str, mysql_server: MySQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading goes on with a new connection where the old one was closed, but not where no answer came in time."""
+    with closing(open_store(f"{url}&timeout=0.3")) as store:
+        store.save(make_record(), expected=0)
+        made: list[Any] = []
+        monkeypatch.setattr(store._database, "_connect", lambda: made.append(1))  # type: ignore[attr-defined]
+        mysql_server.pause()
+        try:
+            with pytest.raises(StoreUnavailable, match="timed out"):
+                store.get(make_record().id)
+        finally:
+            mysql_server.resume()
+        assert made == []
+
+
 def test_a_statement_of_too_many_bytes_is_told(url: str, store: SessionStore, mysql_server: MySQLServer) -> None:
     """A session that is larger than the server takes is an error that says what to do, and the connection stays."""
     [(before,)] = run(url, "SELECT @@GLOBAL.max_allowed_packet")

@@ -127,6 +127,10 @@ class PerThread(pw.Database):
         text = str(error)
         return isinstance(error, pw.OperationalError) and not any(word in text for word in self.lasting)
 
+    def timed_out(self, error: pw.PeeweeException) -> bool:
+        """Whether the connection was lost by waiting for the server, so that nobody should wait a second time."""
+        return False
+
     def gave_way(self, error: pw.PeeweeException) -> bool:
         """Whether the database undid the transaction, so that another one could go on."""
         return False

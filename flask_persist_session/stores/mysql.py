@@ -146,6 +146,9 @@ class _MySQL(PerThread, _PyMySQL):
     def will_pass(self, error: pw.PeeweeException) -> bool:
         return isinstance(error, pw.InterfaceError) or _number_of(error) in _PASSING
 
+    def timed_out(self, error: pw.PeeweeException) -> bool:
+        return "(timed out)" in str(error)
+
     def gave_way(self, error: pw.PeeweeException) -> bool:
         return bool(_number_of(error) == ER.LOCK_DEADLOCK)
 
@@ -236,7 +239,7 @@ def open_mysql(location: Location) -> tuple[str, Connect, float]:
         "write_timeout": wait + 1,
         "init_command": _settings(wait) + _longest_statement(wait),
         "conv": conversions | {float: _moment, FIELD_TYPE.VAR_STRING: _text, FIELD_TYPE.STRING: _text},
-        **_security(location, options.get("ssl_mode"), options.get("ssl_ca")),
+        **_security(location, options),
     }
     given = {key: value for key, value in parameters.items() if value is not None}
     connect: Callable[[], PerThread] = partial(_MySQL, name, **given)
@@ -275,9 +278,12 @@ def _unverified() -> ssl.SSLContext:
     return context
 
 
-def _security(location: Location, mode: str | None, authorities: str | None) -> dict[str, Any]:
+def _security(location: Location, options: dict[str, Any]) -> dict[str, Any]:
     """How PyMySQL is told to secure a connection."""
-    mode = mode or ("verify_identity" if authorities else "preferred")
+    authorities = options.get("ssl_ca")
+    # What goes through a socket does not leave the machine.
+    usual = "verify_identity" if authorities else "disabled" if "socket" in options else "preferred"
+    mode = options.get("ssl_mode", usual)
     if mode == "preferred":
         return {}
     if mode == "disabled":

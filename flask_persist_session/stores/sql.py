@@ -134,7 +134,7 @@ class SQLStore(SessionStore):
         try:
             row = self._row(session_id)
         except pw.PeeweeException as error:
-            if not self._lost_connection():
+            if self._database.timed_out(error) or not self._lost_connection():
                 raise self._failure(error) from error
             with self._using():  # the server was restarted, say: once more on a new connection
                 row = self._row(session_id)
