@@ -490,6 +490,24 @@ def test_what_a_query_looks_at_does_not_grow(url: str, store: SessionStore, quer
     assert rows_read(store, lambda: list(store.find(query))) <= 2 * alone + 10
 
 
+def test_what_a_history_costs_does_not_grow(store: SessionStore) -> None:
+    """With 10,000 entries the server looks at as many as with ten."""
+    record = make_record()
+    store.save(record, expected=0)
+    store.history.append(record.id, [b"x"] * 10, created_at=1.0)
+    uses: list[Callable[[], object]] = [
+        lambda: store.history.append(record.id, [b"y"], created_at=1.0, key=os.urandom(8).hex()),
+        lambda: store.history.read(record.id, newest=True, limit=5),
+        lambda: store.history.read(record.id, after=5, limit=5),
+        lambda: store.history.count(record.id),
+    ]
+    for use in uses:
+        use()
+    short = [rows_read(store, use) for use in uses]
+    store.history.append(record.id, [b"x"] * 10_000, created_at=1.0)
+    assert [rows_read(store, use) for use in uses] == short
+
+
 def test_optimizing_gives_room_back(store: SessionStore) -> None:
     """``full`` rewrites the table, and tells how much that gave back."""
     store.save_many([Change(record=make_record(n, data=os.urandom(20_000)), expected=0) for n in range(300)])
