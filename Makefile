@@ -7,18 +7,22 @@ PORT ?= 5000
 # So many processes run the tests, a file at a time each. They wait a lot, so more than there are processors pays.
 WORKERS ?= 4
 
-.PHONY: demo test browser screenshots lint soak bench clean
+.PHONY: demo test browser database screenshots lint soak bench clean
 
 demo: $(VENV)/demo.stamp
 	@echo "The chat is at http://127.0.0.1:$(PORT) (Ctrl-C stops it; its conversations stay in instance/sessions.db)"
 	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
-test: browser
+test: browser database
 	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
 # Finds a Chromium for the tests, or gets one; where that cannot be done, it says how, and fails only in CI.
 browser: $(VENV)/test.stamp
 	@$(BIN)/python -m tests.browser.chromium
+
+# The same for a MariaDB or MySQL server.
+database: $(VENV)/test.stamp
+	@$(BIN)/python -m tests.database
 
 screenshots: browser
 	$(BIN)/python -m tests.browser.screenshots

@@ -33,7 +33,7 @@ from itsdangerous import BadData, Signer, want_bytes
 from .exceptions import ConfigError, SerializationError, StoreUnavailable, UnsupportedByStore
 from .serializers import DAMAGED, unpack_plain
 from .stores import Location, flag, seconds, take_apart
-from .stores.databases import open_postgresql
+from .stores.databases import Connect, open_mysql, open_postgresql
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 _PREFIX = "flask-session+"
 #: What Flask-Session can use and is not read here: for none of them is there a driver among what this package can use.
-_UNREAD_TABLES = frozenset({"mysql", "mariadb", "mssql", "oracle"})
+_UNREAD_TABLES = frozenset({"mssql", "oracle"})
 _UNREAD = _UNREAD_TABLES | {"mongodb", "mongodb+srv", "dynamodb"}
-_SCHEMES = ("redis", "rediss", "unix", "file", "sqlite", "postgresql", "memcached")
+_SCHEMES = ("redis", "rediss", "unix", "file", "sqlite", "postgresql", "mysql", "mariadb", "memcached")
 #: A longer cookie is not looked at: browsers refuse those of more than 4 kB.
 _LONGEST_COOKIE = 8192
 _SID = re.compile(r"[\w-]{1,255}", re.ASCII)
@@ -106,7 +106,7 @@ def _check_scheme(scheme: str) -> None:
     """Refuse what Flask-Session or SQLAlchemy knows and cannot be read here, saying what to do."""
     dialect, plus, driver = scheme.partition("+")
     if scheme in _UNREAD or dialect in _UNREAD_TABLES:
-        copied = "copy its table to SQLite or PostgreSQL and name that, or " if dialect in _UNREAD_TABLES else ""
+        copied = "copy its table to SQLite, PostgreSQL or MySQL and name that, or " if dialect in _UNREAD_TABLES else ""
         raise ConfigError(
             f"sessions that Flask-Session keeps in {dialect} cannot be read; "
             f"{copied}leave the entry out: then its users sign in once more"
@@ -408,12 +408,14 @@ class _Table(_FlaskSession):
         return cls(location, old, _options(given), given["table"], connect)
 
     @classmethod
-    def open_postgresql(cls, location: Location, old: _Old) -> _Table:
+    def open_on_server(
+        cls, open_database: Callable[[Location], tuple[str, Connect, float]], location: Location, old: _Old
+    ) -> _Table:
         readers = {**_COMMON, "table": _table_name}
         own = {name: text for name, text in location.options.items() if name in readers}
         given = replace(location, options=own).read_options(**readers)
         rest = {name: text for name, text in location.options.items() if name not in own}
-        _, connect, _ = open_postgresql(replace(location, options={"timeout": "2", **rest}))
+        _, connect, _ = open_database(replace(location, options={"timeout": "2", **rest}))
         return cls(location, old, _options(given), given.get("table", "sessions"), connect)
 
     def _run(self, statement: str, *values: object) -> list[Any]:
@@ -427,8 +429,11 @@ class _Table(_FlaskSession):
             raise StoreUnavailable(f"{self} cannot be used: {error}") from error
 
     def _read(self, key: str) -> OldSession | None:
-        rows = self._run("SELECT data, expiry FROM TABLE WHERE session_id = ?", key)
-        return self._decoded(*rows[0]) if rows else None
+        # MySQL also finds what differs in case alone.
+        for found, stored, expiry in self._run("SELECT session_id, data, expiry FROM TABLE WHERE session_id = ?", key):
+            if found == key:
+                return self._decoded(stored, expiry)
+        return None
 
     def _decoded(self, stored: Any, expiry: Any) -> OldSession | None:
         if expiry is None:
@@ -503,6 +508,8 @@ _OPENERS: dict[str, Callable[[Location, _Old], Origin]] = {
     "unix": _Redis.open,
     "file": _Files.open,
     "sqlite": _Table.open_sqlite,
-    "postgresql": _Table.open_postgresql,
+    "postgresql": partial(_Table.open_on_server, open_postgresql),
+    "mysql": partial(_Table.open_on_server, open_mysql),
+    "mariadb": partial(_Table.open_on_server, open_mysql),
     "memcached": _Memcached.open,
 }

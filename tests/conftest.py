@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 from flask import Flask
 
 from flask_persist_session import PersistSession, SessionStore, open_store
-from tests.servers import MemcachedServer, PostgreSQLServer, RedisCluster, RedisServer
+from tests.servers import MemcachedServer, MySQLServer, PostgreSQLServer, RedisCluster, RedisServer
 
 #: The stores that several processes can share.
-SHARED_STORES = ("file", "sqlite", "redis", "postgresql")
+SHARED_STORES = ("file", "sqlite", "redis", "postgresql", "mysql")
 ALL_STORES = ("memory", *SHARED_STORES)
 _numbers = itertools.count(1)
 
@@ -84,10 +85,26 @@ def postgresql_server() -> Iterator[PostgreSQLServer]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def mysql_server() -> Iterator[MySQLServer]:
+    if MySQLServer.program() is None:
+        pytest.skip(
+            "there is no MariaDB or MySQL server here; “make database” gets one, or apt-get install mariadb-server-core"
+        )
+    # The name of a socket has to be short, which those below pytest's own folder are not. In memory, where there is enough,
+    # tables are made in a third of the time.
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
+    with tempfile.TemporaryDirectory(prefix="mysql-", dir=place) as folder:
+        server = MySQLServer(Path(folder)).start()
+        yield server
+        server.stop()
+
+
 @pytest.fixture
 def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Makes the URL of a new, empty store of a kind."""
-    databases: list[str] = []
+    taken: list[tuple[str, str]] = []
 
     def make(kind: str) -> str:
         number = next(_numbers)
@@ -96,9 +113,10 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
             return f"{request.getfixturevalue('redis_server').url}?prefix=test{os.getpid()}x{number}"
         if kind == "redis-cluster":
             return f"{request.getfixturevalue('redis_cluster').url}?prefix=test{os.getpid()}x{number}"
-        if kind == "postgresql":
-            databases.append(request.getfixturevalue("postgresql_server").take())
-            return databases[-1]
+        if kind in ("postgresql", "mysql"):
+            url = request.getfixturevalue(f"{kind}_server").take()
+            taken.append((kind, url))
+            return str(url)
         return {
             "memory": "memory://",
             "file": f"file://{tmp_path}/sessions{number}",
@@ -106,8 +124,8 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
         }[kind]
 
     yield make
-    for url in databases:
-        request.getfixturevalue("postgresql_server").give_back(url)
+    for kind, url in taken:
+        request.getfixturevalue(f"{kind}_server").give_back(url)
 
 
 @pytest.fixture(params=ALL_STORES)

@@ -11,10 +11,11 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psycopg
+import pymysql
 import redis
 
 DEADLINE = 15.0
@@ -290,3 +291,138 @@ class PostgreSQLServer:
     def stop(self) -> None:
         self._admin.close()
         self._server.cleanup()
+
+
+def name_of_mysql(url: str) -> str:
+    """The database of a store URL that ``MySQLServer`` gave."""
+    return url.partition("@localhost/")[2].partition("?")[0]
+
+
+def connect_to_mysql(url: str) -> pymysql.connections.Connection:
+    """A connection to the database of a store URL, for looking at and breaking what the store keeps."""
+    return pymysql.connect(
+        unix_socket=url.partition("socket=")[2].partition("&")[0],
+        user="root",
+        database=name_of_mysql(url) or None,
+        autocommit=True,
+        read_timeout=DEADLINE,
+        ssl_disabled=True,  # to get ready for it takes long
+    )
+
+
+class MySQLServer:
+    """A MariaDB or MySQL server of our own, reached through a socket in its folder."""
+
+    NAMES = ("mariadbd", "mysqld")
+    #: Debian has them where only root looks for programs.
+    PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/libexec"])
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.options = options
+        self.socket = folder / "mysql.sock"
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._free: list[str] = []
+        self._count = 0
+
+    @classmethod
+    def program(cls) -> str | None:
+        """The server of this machine, if it has one."""
+        return next(filter(None, (shutil.which(name, path=cls.PATH) for name in cls.NAMES)), None)
+
+    def start(self) -> MySQLServer:
+        program = self.program()
+        assert program is not None
+        self._make_data(program)
+        with (self.folder / "mysql.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self._command(program), "--bind-address=127.0.0.1", *self.options], stdout=log, stderr=log
+            )
+        wait_until(self._answers, "the MySQL server")
+        return self
+
+    def _command(self, program: str) -> list[str]:
+        # What the tests keep need not survive a power cut. Temporary tables of others are removed by whoever starts.
+        options = {
+            "datadir": self.folder / "data",
+            "tmpdir": self.folder / "temporary",
+            "socket": self.socket,
+            "port": self.port,
+            "pid-file": self.folder / "mysql.pid",
+            "innodb-flush-log-at-trx-commit": 0,
+            "innodb-buffer-pool-size": "64M",
+            "innodb-doublewrite": 0,
+            "loose-mysqlx": 0,
+        }
+        command = [program, "--no-defaults", "--skip-log-bin", *(f"--{name}={value}" for name, value in options.items())]
+        return [*command, "--user=root"] if os.geteuid() == 0 else command
+
+    def _make_data(self, program: str) -> None:
+        (self.folder / "data").mkdir()
+        (self.folder / "temporary").mkdir()
+        version = subprocess.run([program, "--no-defaults", "--version"], capture_output=True, text=True, check=True).stdout
+        if "MariaDB" in version:
+            # What its own script does, which needs programs of other packages. Releases differ in the names of the files.
+            share = Path(program).resolve().parents[1] / "share"
+            tables = [next(share.glob(f"m*/*_system_tables{part}.sql")).read_bytes() for part in ("", "_data")]
+            options, given = ["--bootstrap"], b"".join([b"CREATE DATABASE mysql;\nUSE mysql;\n", *tables])
+        else:
+            options, given = ["--initialize-insecure"], b""
+        done = subprocess.run([*self._command(program), *options], input=given, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "mysql.log").read_text()
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(self.socket)):
+                return False
+        ((path,),) = self.execute("SELECT @@pid_file")
+        return int(Path(str(path)).read_text()) == self.process.pid
+
+    def take(self) -> str:
+        """The store URL of an empty database, which is nobody else's until it is given back."""
+        if self._free:
+            return self._free.pop()
+        self._count += 1
+        self.execute(f"CREATE DATABASE test{self._count}")
+        return f"mysql://root@localhost/test{self._count}?socket={self.socket}"
+
+    def give_back(self, url: str) -> None:
+        name = name_of_mysql(url)
+        # Connections that a test left open would hold locks on its tables.
+        for (number,) in self.connections(url):
+            with suppress(pymysql.err.OperationalError):  # it has ended by itself
+                self.execute(f"KILL {number}")
+        self.execute(f"DROP DATABASE {name}")
+        self.execute(f"CREATE DATABASE {name}")
+        self._free.append(url)
+
+    def connections(self, url: str) -> list[tuple[object, ...]]:
+        """The numbers of the connections to the database of a store URL."""
+        return self.execute("SELECT id FROM information_schema.processlist WHERE db = %s", name_of_mysql(url))
+
+    def execute(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+        """What a statement gives, as the administrator."""
+        with connect_to_mysql(f"mysql://root@localhost/?socket={self.socket}") as connection, connection.cursor() as cursor:
+            cursor.execute(statement, values or None)
+            return list(cursor.fetchall())
+
+    def pause(self) -> None:
+        """Hang: the server accepts connections and never answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        # Until all of its threads have stopped, one of them may answer.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None

@@ -21,7 +21,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 MakeApp = Callable[..., Flask]
 SECRET = "a secret for tests"
-ORIGINS = ("redis", "file", "cachelib", "sqlite", "postgresql", "memcached")
+ORIGINS = ("redis", "file", "cachelib", "sqlite", "postgresql", "mysql", "memcached")
 _numbers = itertools.count(1)
 
 
@@ -149,6 +149,12 @@ def _in_postgresql(request: pytest.FixtureRequest, tmp_path: Path, app: Flask) -
     return url
 
 
+def _in_mysql(request: pytest.FixtureRequest, tmp_path: Path, app: Flask) -> str:
+    url = str(request.getfixturevalue("new_url")("mysql"))
+    _use_sqlalchemy(app, url.replace("mysql:", "mysql+pymysql:").replace("?socket=", "?unix_socket="))
+    return url
+
+
 def _use_sqlalchemy(app: Flask, url: str) -> None:
     from sqlalchemy.pool import NullPool
 
@@ -172,5 +178,6 @@ _SETTERS = {
     "cachelib": _in_cachelib,
     "sqlite": _in_sqlite,
     "postgresql": _in_postgresql,
+    "mysql": _in_mysql,
     "memcached": _in_memcached,
 }

@@ -35,7 +35,7 @@ from tests.servers import DEADLINE, wait_until
 from tests.web import PROCESSES
 
 NOW = 1_700_000_000.0
-KINDS = ("sqlite", "redis", "file", "postgresql")
+KINDS = ("sqlite", "redis", "file", "postgresql", "mysql")
 
 
 def manager_of(store: SessionStore) -> SessionManager:
@@ -124,7 +124,7 @@ def wait_for_saves(store: SessionStore) -> None:
     wait_until(lambda: version() > enough, "some saves")
 
 
-@pytest.mark.parametrize("writer", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize("writer", ["sqlite", "postgresql", "mysql"], indirect=True)
 def test_a_snapshot_is_of_one_moment(writer: str) -> None:
     """Records that are written one after the other differ by one version at most, however long the reading takes."""
     store = open_store(writer)

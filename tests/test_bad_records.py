@@ -33,6 +33,7 @@ from flask_persist_session import (
 )
 from flask_persist_session.serializers import pack_record, unpack_record
 from tests.conftest import ALL_STORES
+from tests.servers import connect_to_mysql
 
 KINDS = (*ALL_STORES, "cachelib")
 
@@ -132,6 +133,22 @@ class PostgreSQLVandal(SQLVandal):
     def put(self, session_id: str, column: str, value: object) -> None:
         with psycopg.connect(self.url) as database:
             database.execute(f"UPDATE persist_session_web SET {column} = %s WHERE id = %s", (value, session_id))
+
+
+class MySQLVandal(SQLVandal):
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def kept(self, session_id: str) -> Any:
+        return self.run("SELECT * FROM persist_session_web WHERE id = %s", session_id)
+
+    def put(self, session_id: str, column: str, value: object) -> None:
+        self.run(f"UPDATE persist_session_web SET {column} = %s WHERE id = %s", value, session_id)
+
+    def run(self, statement: str, *values: object) -> Any:
+        with connect_to_mysql(self.url) as database, database.cursor() as cursor:
+            cursor.execute(statement, values)
+            return cursor.fetchall()
 
 
 class RedisVandal(Vandal):
@@ -240,6 +257,12 @@ RECORDS: dict[str, dict[str, Damage]] = {
         "tags that are a number": column("tags", "7"),
         "metadata that is a list": column("metadata", "[]"),
     },
+    "mysql": {
+        "tags that are no JSON": column("tags", "{"),
+        "tags that are a number": column("tags", "7"),
+        "metadata that is a list": column("metadata", "[]"),
+        "bytes that are no text": column("user_id", b"Ad\xff"),
+    },
     "redis": {
         "string in place of the hash": lambda vandal, session_id: vandal.put_string(session_id),
         "no version": lambda vandal, session_id: vandal.drop(session_id, "version"),
@@ -296,6 +319,7 @@ def make_site(make_app: Callable[..., Flask], new_url: Callable[[str], str]) -> 
             "sqlite": SQLiteVandal,
             "redis": RedisVandal,
             "postgresql": PostgreSQLVandal,
+            "mysql": MySQLVandal,
             "cachelib": CachelibVandal,
         }
         site = Site(app, vandals[kind](place))
@@ -494,6 +518,7 @@ UNREADABLE = {
     "file": "bit of the record",
     "sqlite": "tags that are no JSON",
     "postgresql": "tags that are no JSON",
+    "mysql": "tags that are no JSON",
     "redis": "no version",
 }
 

@@ -657,6 +657,7 @@ WRONG_URLS = {
     "file on a host": "file://sessions",
     "SQLite in memory": "sqlite:///:memory:",
     "SQLite without a file": "sqlite://",
+    "MySQL without a database": "mysql://localhost/",
     "PostgreSQL without a database": "postgresql://localhost",
     "PostgreSQL with a port that is no number": "postgresql://localhost:port/sessions",
     "Redis with a port that is no number": "redis://localhost:port/0",

@@ -190,6 +190,8 @@ URLS = {
     "file": "file:sessions",
     "sqlite": "sqlite:///sessions.db",
     "postgresql": "postgresql://localhost/sessions",
+    "mysql": "mysql://localhost/sessions",
+    "mariadb": "mariadb://localhost/sessions",
     "redis": "redis://localhost",
     "rediss": "rediss://localhost",
     "unix": "unix:///run/redis.sock",

@@ -37,7 +37,7 @@ from flask_persist_session.stores import file, sql  # noqa: F401
 from flask_persist_session.tokens import TokenSigner, make_token
 from tests.conftest import Clock
 from tests.counting import CountingStore
-from tests.servers import RedisServer, free_port
+from tests.servers import MySQLServer, RedisServer, connect_to_mysql, free_port
 
 MakeApp = Callable[..., Flask]
 #: Far more than any of the timeouts below, far less than waiting for good.
@@ -525,6 +525,85 @@ def test_postgresql_that_refuses(make_site: Callable[..., Flask]) -> None:
     client = make_site(f"postgresql://nobody@127.0.0.1:{free_port()}/none?timeout=1").test_client()
     assert_unavailable(ask(client, "/write/Ada"))
     assert ask(client, "/untouched").status_code == 200
+
+
+# MySQL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ended_mysql_connection_costs_one_request(
+    make_site: Callable[..., Flask], new_url: Callable[[str], str], mysql_server: MySQLServer
+) -> None:
+    """When the server ends our connection, reading goes on with a new one."""
+    url = new_url("mysql")
+    client = make_site(url).test_client()
+    client.get("/write/Ada")
+    for (number,) in mysql_server.connections(url):
+        mysql_server.execute(f"KILL {number}")
+    assert client.get("/read").text == "Ada"
+    assert client.get("/write/Grace").status_code == 200
+
+
+def test_locked_mysql_is_unavailable(make_site: Callable[..., Flask], new_url: Callable[[str], str]) -> None:
+    """A table that somebody locks for longer than the timeout is unavailable in bounded time, and works again later."""
+    url = new_url("mysql")
+    client = make_site(f"{url}&timeout=1").test_client()
+    client.get("/write/Ada")
+    with connect_to_mysql(url) as connection, connection.cursor() as cursor:
+        cursor.execute("LOCK TABLES persist_session_web WRITE")
+        assert_unavailable(ask(client, "/read"))
+        assert_unavailable(ask(client, "/write/Grace"))
+    assert client.get("/read").text == "Ada"
+    assert client.get("/write/Grace").status_code == 200
+
+
+def test_locked_mysql_session_is_unavailable(make_site: Callable[..., Flask], new_url: Callable[[str], str]) -> None:
+    """A session whose row somebody keeps locked can be read all the time, and written again later."""
+    url = new_url("mysql")
+    client = make_site(f"{url}&timeout=1").test_client()
+    client.get("/write/Ada")
+    with connect_to_mysql(url) as connection, connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute("SELECT 1 FROM persist_session_web FOR UPDATE")
+        assert ask(client, "/read").text == "Ada"
+        assert_unavailable(ask(client, "/write/Grace"))
+    assert client.get("/write/Grace").status_code == 200
+
+
+def test_hanging_mysql_is_unavailable(
+    make_site: Callable[..., Flask], new_url: Callable[[str], str], mysql_server: MySQLServer
+) -> None:
+    """A server that never answers is unavailable in bounded time, whether there is a connection to it or not."""
+    client = make_site(f"{new_url('mysql')}&timeout=0.3").test_client()
+    client.get("/write/Ada")
+    rescue = threading.Timer(2 * PATIENCE, mysql_server.resume)
+    mysql_server.pause()
+    rescue.start()
+    try:
+        assert_unavailable(ask(client, "/read"))
+        assert_unavailable(ask(client, "/read"))
+    finally:
+        rescue.cancel()
+        mysql_server.resume()
+    assert client.get("/read").text == "Ada"
+
+
+def test_mysql_that_refuses(make_site: Callable[..., Flask]) -> None:
+    """A server that nobody runs is unavailable in bounded time."""
+    client = make_site(f"mysql://nobody@127.0.0.1:{free_port()}/none?timeout=1").test_client()
+    assert_unavailable(ask(client, "/write/Ada"))
+    assert ask(client, "/untouched").status_code == 200
+
+
+@pytest.mark.parametrize(("wrong", "told"), [("nobody:geheim@", "Access denied"), ("root@", "Unknown database")])
+def test_mysql_that_lets_nobody_in(
+    make_site: Callable[..., Flask], new_url: Callable[[str], str], caplog: pytest.LogCaptureFixture, wrong: str, told: str
+) -> None:
+    """A user or database that is not there is an error that says so, without the password, and does not ask to retry."""
+    url = new_url("mysql").replace("root@", wrong)
+    answer = make_site(url.replace("/test", "/none")).test_client().get("/write/Ada")
+    assert answer.status_code == 500
+    assert told in caplog.text
+    assert "geheim" not in caplog.text
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------

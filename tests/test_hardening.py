@@ -342,6 +342,7 @@ def test_sqlite_keeps_what_a_forked_process_saves(tmp_path: Path) -> None:
         "redis:user:geheim@host:6379/0",
         "redis://:12/geheim@host/0",
         "postgresql:u:geheim@h/x",
+        "mysql:u:geheim@h/x",
         "memory:u:geheim@x",
         "redis://u:geheim@h/0?nosuch=1",
     ],

@@ -32,7 +32,7 @@ from flask_persist_session.migrate import Migration
 from flask_persist_session.stores import file_history
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import following, in_processes, make_record
-from tests.servers import RedisServer, wait_until
+from tests.servers import RedisServer, connect_to_mysql, wait_until
 
 NewURL = Callable[[str], str]
 RECORD = make_record(1)
@@ -366,6 +366,8 @@ def remove_the_session_alone(url: str, request: pytest.FixtureRequest) -> None:
     elif url.startswith("postgresql"):
         with psycopg.connect(url) as connection:
             connection.execute("DELETE FROM persist_session_web")
+    elif url.startswith("mysql"):
+        run(url, "DELETE FROM persist_session_web")
     else:
         server: RedisServer = request.getfixturevalue("redis_server")
         with server.client() as client:
@@ -398,13 +400,15 @@ def test_a_check_finds_a_history_without_a_session(new_url: NewURL, request: pyt
     assert store.history.count(RECORD.id) == 0
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mysql"])
 def test_a_check_finds_rows_without_a_session(new_url: NewURL, kind: str) -> None:
     """Where the database did not see to it, as in a dump that was restored in part, the check does."""
     url = new_url(kind)
     store = opened(url, 3)
     if kind == "sqlite":
         run(url, "DROP TRIGGER persist_history_web_end")
+    elif kind == "mysql":
+        run(url, "ALTER TABLE persist_history_web DROP FOREIGN KEY persist_history_web_ibfk_1")
     else:
         run(url, "ALTER TABLE persist_history_web DROP CONSTRAINT persist_history_web_session_id_fkey")
     run(url, "DELETE FROM persist_session_web")
@@ -427,7 +431,7 @@ def test_a_check_mends_modes(file_url: str) -> None:
 # SQL ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mysql"])
 def sql_url(request: pytest.FixtureRequest, new_url: NewURL) -> str:
     return new_url(request.param)
 
@@ -437,6 +441,10 @@ def run(url: str, statement: str) -> list[Any]:
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
             return database.execute(statement).fetchall()
+    if url.startswith("mysql"):
+        with connect_to_mysql(url) as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
     with psycopg.connect(url) as connection:
         cursor = connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description else []

@@ -55,6 +55,12 @@ class TestPostgreSQL(HistoryLogContract):
         return partial(open_store, new_url("postgresql"))
 
 
+class TestMySQL(HistoryLogContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("mysql"))
+
+
 def _open_both(store: str, old: str) -> SessionStore:
     return MigratingStore(open_store(store), open_store(old))
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_counted_and_stays(make_former: Callable[..., For
     assert client.keys(f"{prefix}*") == [f"{prefix}bad".encode()]
 
 
-@pytest.mark.parametrize("kind", ["redis", "sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["redis", "sqlite", "postgresql", "mysql"])
 def test_pages_of_many_sessions_are_all_imported(
     make_former: Callable[..., Former], make_app: MakeApp, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

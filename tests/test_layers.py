@@ -144,7 +144,8 @@ SIBLINGS = {
     ("cli_import", "extension"),
 }
 DRIVERS = {
-    "peewee": {"stores.sql", "stores.databases", "stores.sql_upkeep", "origins"},
+    "peewee": {"stores.sql", "stores.databases", "stores.mysql", "stores.sql_upkeep", "origins"},
+    "pymysql": {"stores.mysql"},
     "redis": {"stores.redis", "stores.redis_clients", "stores.redis_cluster", "origins"},
     "pymemcache": {"origins"},
     "cachelib": {"stores.cachelib", "stores.cached"},

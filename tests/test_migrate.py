@@ -39,7 +39,7 @@ from tests.web import PROCESSES
 MakeApp = Callable[..., Flask]
 NewURL = Callable[[str], str]
 #: Between stores of different kinds, each once on either side.
-WAYS = ("memory-sqlite", "sqlite-redis", "redis-file", "file-postgresql", "postgresql-memory")
+WAYS = ("memory-sqlite", "sqlite-redis", "redis-file", "file-postgresql", "postgresql-mysql", "mysql-memory")
 
 
 @pytest.fixture(params=WAYS)

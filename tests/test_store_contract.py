@@ -66,6 +66,12 @@ class TestPostgreSQL(SessionStoreContract):
         return partial(open_store, new_url("postgresql"))
 
 
+class TestMySQL(SessionStoreContract):
+    @pytest.fixture
+    def open_store(self, new_url: NewURL) -> Opener:
+        return partial(open_store, new_url("mysql"))
+
+
 def _open_cache(make: Callable[[], Any]) -> SessionStore:
     """The store of a new cache object, made in the process that uses it."""
     return open_store(make())

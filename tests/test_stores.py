@@ -518,7 +518,7 @@ def _create_in_each(urls: list[str], store: SessionStore, number: int) -> None:
         opened.close()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mysql"])
 def test_sql_database_made_by_many(new_url: NewURL, kind: str) -> None:
     """Eight processes that come at once to a new database make its tables once and all go on."""
     urls = [new_url(kind) for _ in range(3)]
@@ -529,7 +529,7 @@ def test_sql_database_made_by_many(new_url: NewURL, kind: str) -> None:
         store.close()
 
 
-@pytest.mark.parametrize(("kind", "count"), [("sqlite", 260_000), ("postgresql", 70_000)])
+@pytest.mark.parametrize(("kind", "count"), [("sqlite", 260_000), ("postgresql", 70_000), ("mysql", 70_000)])
 def test_sql_query_of_many_ids(new_url: NewURL, kind: str, count: int) -> None:
     """A query may name more ids than a statement can have parameters."""
     store = open_store(new_url(kind))
@@ -940,6 +940,11 @@ def test_sqlite_statistics_of_damaged_columns(database: Path) -> None:
         ("redis://localhost/one", "one"),
         ("postgresql://localhost/x?timeout=inf", "timeout"),
         ("postgresql://localhost:port/x", "port"),
+        ("mysql://localhost/x?charset=latin1", "charset"),
+        ("mysql://localhost/x?ssl_mode=maybe", "verify_identity"),
+        ("mysql://localhost/x?ssl_ca=/no/such/file", "ssl_ca=.*No such file"),
+        ("mariadb://localhost/x?timeout=soon", "timeout"),
+        ("mysql://localhost", "database"),
         ("sqlite://", "file"),
         ("sqlite:///", "file"),
         ("sqlite:///:memory:", "file"),
@@ -980,6 +985,8 @@ def test_open_store_refuses_a_namespace(kind: str, namespace: str, new_url: NewU
 @pytest.mark.parametrize(
     "url",
     [
+        "mysql://user:geheim@localhost",
+        "mysql://user:geheim@localhost/x?timeout=soon",
         "mysql5://user:geheim@localhost/x",
         "redis://user:geheim@localhost?ttl=1",
         "redis://user:geheim@localhost?timeout=soon",
@@ -1000,7 +1007,10 @@ def test_open_store_keeps_the_password(url: str) -> None:
     assert "geheim" not in str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", ["redis://user:geheim@127.0.0.1:{}/0", "postgresql://user:geheim@127.0.0.1:{}/x"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["redis://user:geheim@127.0.0.1:{}/0", "postgresql://user:geheim@127.0.0.1:{}/x", "mysql://user:geheim@127.0.0.1:{}/x"],
+)
 def test_unreachable_store_keeps_the_password(scheme: str) -> None:
     """A server that cannot be reached is a ``StoreUnavailable`` that names the place and not the password."""
     port = free_port()

@@ -91,6 +91,17 @@ def test_the_old_cookie_opens_nothing_afterwards(make_former: MakeFormer, make_o
     assert with_cookie(former.app, old).get("/me").text == "nobody"
 
 
+@pytest.mark.parametrize("kind", ORIGINS)
+def test_a_cookie_that_differs_in_case_opens_nothing(make_former: MakeFormer, make_ours: MakeApp, kind: str) -> None:
+    """Though a database may take its letters for the same."""
+    former = make_former(kind)
+    former.client.get("/login/Ada")
+    old = cookie_of(former.client)
+    app = make_ours(former.url)
+    assert with_cookie(app, old.swapcase()).get("/me").text == "nobody"
+    assert with_cookie(app, old).get("/me").text == "Ada"
+
+
 def test_the_old_cookie_opens_nothing_though_its_record_could_not_be_removed(
     make_former: MakeFormer, make_ours: MakeApp
 ) -> None:
@@ -214,7 +225,9 @@ def test_an_old_store_that_hangs_means_a_503_for_those_who_need_it(make_ours: Ma
         server.stop()
 
 
-@pytest.mark.parametrize("url", ["sqlite:////{}/old.db", "memcached://127.0.0.1:1", "postgresql://127.0.0.1:1/gone"])
+@pytest.mark.parametrize(
+    "url", ["sqlite:////{}/old.db", "memcached://127.0.0.1:1", "postgresql://127.0.0.1:1/gone", "mysql://127.0.0.1:1/gone"]
+)
 def test_other_old_stores_that_are_down_mean_a_503_too(make_ours: MakeApp, tmp_path: Path, url: str) -> None:
     """Whatever the driver says."""
     (tmp_path / "old.db").touch()
@@ -364,8 +377,13 @@ def test_damaged_files_are_logged_and_ignored(make_ours: MakeApp, tmp_path: Path
         (["flaks"], "neither"),
         (["flask-session+nosuch://host"], "unknown scheme"),
         (["flask-session+mongodb://u:secret@host"], "in mongodb cannot be read; leave the entry out"),
-        (["flask-session+mysql://u:secret@host/db"], "in mysql cannot be read; copy its table to SQLite or PostgreSQL"),
-        (["flask-session+mysql+pymysql://u:secret@host/db"], "in mysql cannot be read"),
+        (
+            ["flask-session+oracle://u:secret@host/db"],
+            "in oracle cannot be read; copy its table to SQLite, PostgreSQL or MySQL",
+        ),
+        (["flask-session+mssql+pyodbc://u:secret@host/db"], "in mssql cannot be read"),
+        (["flask-session+mysql+pymysql://u:secret@host/db"], r"write flask-session\+mysql: without \+pymysql"),
+        (["flask-session+mysql://u:secret@host/db?charset=latin1"], "unknown option 'charset'"),
         (["flask-session+postgresql+psycopg2://u:secret@host/db"], r"write flask-session\+postgresql: without \+psycopg2"),
         (["flask-session+redis://host?nosuch=1"], "allowed is .*prefix, signed, pickle"),
         (["flask-session+file:///nowhere?pickle=1"], "no directory /nowhere"),

@@ -19,6 +19,8 @@ _MODULES = {
     "file": "file",
     "sqlite": "sql",
     "postgresql": "sql",
+    "mysql": "sql",
+    "mariadb": "sql",
     "redis": "redis",
     "rediss": "redis",
     "unix": "redis",

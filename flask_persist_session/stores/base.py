@@ -210,7 +210,7 @@ class SessionStore(ABC):
         """
         raise UnsupportedByStore(
             f"{type(self).__name__} has no transactions; save the sessions one by one, or use a store that has them: "
-            "memory, files, SQLite, PostgreSQL or a single Redis server"
+            "memory, files, SQLite, PostgreSQL, MySQL or a single Redis server"
         )
 
     def lease(self, name: str, seconds: float) -> bool:

@@ -64,7 +64,7 @@ class CachelibStore(SessionStore):
         if not store.atomic:
             log.warning(
                 "sessions are kept in a %s, which has no compare-and-set: processes that change one session at the "
-                "same moment can lose a change, even a sign-out; SQLite, PostgreSQL, Redis and files do not",
+                "same moment can lose a change, even a sign-out; SQLite, PostgreSQL, MySQL, Redis and files do not",
                 type(cache).__name__,
             )
         return store

@@ -1,6 +1,6 @@
-"""The SQL databases and their connections: SQLite, and PostgreSQL with psycopg, both through peewee.
+"""The SQL databases, their connections and where their SQL differs: SQLite, and PostgreSQL with psycopg, through peewee.
 
-Every thread has a connection of its own, which is closed when the thread ends.
+MySQL has a module of its own. Every thread has a connection of its own, which is closed when the thread ends.
 """
 
 from __future__ import annotations
@@ -8,18 +8,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import partial, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote
 
 import peewee as pw
 
-from ..exceptions import ConfigError
+from ..exceptions import ConfigError, StoreUnavailable
 from . import Location, make_directory, seconds
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 #: Makes a database object that is not connected yet.
 Connect = Callable[[], "PerThread"]
@@ -41,6 +44,33 @@ _LEAST_FOR_OTHERS = 0.008
 _FREE_BETWEEN_MANY = 0.012
 #: Seconds that nobody waits for.
 _LONG = 86400.0
+#: So often a transaction gives way to others before that is an error.
+_WAYS_GIVEN = 5
+
+
+class GaveWay(StoreUnavailable):
+    """The database undid the transaction, so that another one could go on; it may be run again."""
+
+
+def again(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Runs a transaction again that gave way to another one."""
+
+    @wraps(method)
+    def run(*arguments: _P.args, **options: _P.kwargs) -> _T:
+        for _ in range(_WAYS_GIVEN):
+            try:
+                return method(*arguments, **options)
+            except GaveWay:
+                continue
+        return method(*arguments, **options)
+
+    return run
+
+
+class Name(pw.TextField):
+    """A text that is looked up: of at most 512 characters, compared byte by byte."""
+
+    field_type = "NAME"
 
 
 class _Closer:
@@ -59,7 +89,14 @@ class _Closer:
 
 
 class PerThread(pw.Database):
-    """A database whose connections are closed when the thread that opened them ends."""
+    """A database whose connections are closed when the thread that opened them ends, and what is its own in its SQL."""
+
+    #: What locks the rows that a query finds against changes, at its end.
+    row_lock = ""
+    #: What makes the table of the histories of a namespace.
+    history_tables: tuple[str, ...]
+    #: Words of errors that do not pass by themselves.
+    lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._own = threading.local()
@@ -75,6 +112,32 @@ class PerThread(pw.Database):
     def in_turn(self) -> AbstractContextManager[Any]:
         """A transaction of many in a row, which let others write in between."""
         return self.atomic()
+
+    def make(self, models: Sequence[Any]) -> None:
+        """Make the tables of *models* with their indexes; to be called in a transaction, and by any number at once."""
+        for model in models:
+            with model.bind_ctx(self):
+                model.create_table(safe=True)
+
+    def beyond(self, keys: Sequence[Any], values: Sequence[Any], *, descending: bool) -> Any:
+        """That a row comes later in the order of *keys* than one with *values*."""
+        here, there = pw.Tuple(*keys), pw.Tuple(*values)
+        return here < there if descending else here > there
+
+    def will_pass(self, error: pw.PeeweeException) -> bool:
+        """Whether the database may be reachable again soon: locked, refused, timed out, connection lost."""
+        if isinstance(error, pw.InterfaceError):
+            return True
+        text = str(error)
+        return isinstance(error, pw.OperationalError) and not any(word in text for word in self.lasting)
+
+    def timed_out(self, error: pw.PeeweeException) -> bool:
+        """Whether the connection was lost by waiting for the server, so that nobody should wait a second time."""
+        return False
+
+    def gave_way(self, error: pw.PeeweeException) -> bool:
+        """Whether the database undid the transaction, so that another one could go on."""
+        return False
 
     def take_time(self) -> None:
         """Let statements take as long as they take; to be called before it is connected."""
@@ -100,6 +163,7 @@ class PerThread(pw.Database):
         return self.cursor()  # type: ignore[no-untyped-call]
 
 
+_INDEX_OF_KEYS = 'CREATE INDEX IF NOT EXISTS "{index}" ON "{table}" (session_id, "key") WHERE "key" IS NOT NULL'
 #: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
 _LONGEST_LOG = 4000
 #: KiB that a connection keeps in memory once it made many changes: they are all over the indexes.
@@ -109,6 +173,15 @@ _LOG_LEFT_TO_COMMITS = 1000
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
+    field_types = pw.SqliteDatabase.field_types | {"NAME": "TEXT"}
+    # Not WITHOUT ROWID: the inner pages of its tree hold whole entries, so few that reading takes twice as long.
+    history_tables = (
+        """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL, seq INTEGER NOT NULL, created_at REAL NOT NULL,
+        "key" BLOB, data BLOB NOT NULL, PRIMARY KEY (session_id, seq))""",
+        _INDEX_OF_KEYS,
+        """CREATE TRIGGER IF NOT EXISTS "{table}_end" AFTER DELETE ON "{sessions}"
+        BEGIN DELETE FROM "{table}" WHERE session_id = OLD.id; END""",
+    )
     _others_until = 0.0
     _emptying: Future[None] | None = None
 
@@ -171,6 +244,10 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         return connection
 
 
+#: The lock under which the tables of this package are made on a PostgreSQL server.
+_TABLES_LOCK = 0x70657273697374
+
+
 class _Adapter(pw.Psycopg3Adapter):
     """Connections of psycopg that wait for an answer so many seconds and no longer.
 
@@ -190,7 +267,21 @@ class _Adapter(pw.Psycopg3Adapter):
 
 
 class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
+    field_types = pw.PostgresqlDatabase.field_types | {"NAME": "TEXT"}
     psycopg3_adapter = _Adapter
+    row_lock = " FOR NO KEY UPDATE"
+    history_tables = (
+        f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})",
+        """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL REFERENCES "{sessions}" (id) ON DELETE CASCADE,
+        seq BIGINT NOT NULL, created_at DOUBLE PRECISION NOT NULL, "key" BYTEA, data BYTEA NOT NULL,
+        PRIMARY KEY (session_id, seq))""",
+        _INDEX_OF_KEYS,
+    )
+
+    def make(self, models: Sequence[Any]) -> None:
+        # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
+        self.execute_sql(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})")  # type: ignore[no-untyped-call]
+        super().make(models)
 
     def _streaming_cursor(self) -> Any:
         self.begin()  # outside of a transaction the server would copy all of it first
@@ -269,3 +360,12 @@ def open_postgresql(location: Location) -> tuple[str, Connect, float]:
         return _PostgreSQL(name, prefer_psycopg3=True, **given)
 
     return f"the PostgreSQL database {location}", connect, wait
+
+
+def open_mysql(location: Location) -> tuple[str, Connect, float]:
+    """The same for a ``mysql:`` or ``mariadb:`` URL. Raises ``ConfigError``, also where PyMySQL is not installed."""
+    if find_spec("pymysql") is None:
+        raise ConfigError(f"{location} needs PyMySQL: pip install 'flask-persist-session[mysql]'")
+    from . import mysql
+
+    return mysql.open_mysql(location)

@@ -1,4 +1,4 @@
-"""Sessions in a SQL database through peewee: SQLite, and PostgreSQL with psycopg.
+"""Sessions in a SQL database through peewee: SQLite, PostgreSQL with psycopg, MySQL and MariaDB with PyMySQL.
 
 One table per namespace, ``persist_session_web`` for Flask's own; made by the first that comes, however many come at
 once. The store has connections of its own, one per thread, and never touches one of the application's.
@@ -49,8 +49,19 @@ from .base import (
     per_tag,
     that_of,
 )
-from .databases import Connect, PerThread, inherited, open_postgresql, open_sqlite, translated
-from .sql_history import TABLES_LOCK, HistoryTable, SQLHistory
+from .databases import (
+    Connect,
+    GaveWay,
+    Name,
+    PerThread,
+    again,
+    inherited,
+    open_mysql,
+    open_postgresql,
+    open_sqlite,
+    translated,
+)
+from .sql_history import HistoryTable, SQLHistory
 from .sql_upkeep import SQLCheck, tidy_up
 
 SCHEMA_VERSION = 1
@@ -65,13 +76,14 @@ _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 
 
 def open_location(location: Location, namespace: str) -> SQLStore:
-    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``postgresql://user:password@host:port/name``.
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://user:password@host:port/name``, ``mysql://…``.
 
     Options: ``timeout`` (seconds to wait for a lock, a connection or an answer, 5); for SQLite ``synchronous``
     (``normal``; ``full`` makes each save survive a power cut); for PostgreSQL ``host`` (a directory of sockets),
-    ``sslmode`` and ``sslrootcert``.
+    ``sslmode`` and ``sslrootcert``; for MySQL, which may be written ``mariadb:``, ``socket``, ``ssl_mode``, ``ssl_ca``.
     """
-    name, connect, patience = (open_sqlite if location.scheme == "sqlite" else open_postgresql)(location)
+    open_database = {"sqlite": open_sqlite, "postgresql": open_postgresql}.get(location.scheme, open_mysql)
+    name, connect, patience = open_database(location)
     return SQLStore(connect, namespace, name=name, patience=patience)
 
 
@@ -110,7 +122,7 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
-        self._histories = HistoryTable(self._model._meta.table_name, namespace, of_sqlite=of_sqlite)
+        self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
     # The contract -----------------------------------------------------------------------------------------------------
@@ -121,12 +133,13 @@ class SQLStore(SessionStore):
         try:
             row = self._row(session_id)
         except pw.PeeweeException as error:
-            if not self._lost_connection():
+            if self._database.timed_out(error) or not self._lost_connection():
                 raise self._failure(error) from error
             with self._using():  # the server was restarted, say: once more on a new connection
                 row = self._row(session_id)
         return None if row is None else that_of(_record(row), session_id)
 
+    @again
     def save(self, record: SessionRecord, *, expected: int) -> None:
         check_save(record, expected)
         try:
@@ -136,6 +149,7 @@ class SQLStore(SessionStore):
         if not saved:
             raise conflict(record.id, expected)
 
+    @again
     def delete(self, session_id: str, *, expected: int | None = None) -> bool:
         with self._using() as database:
             return self._remove(database, Deletion(id=session_id, expected=expected))
@@ -225,6 +239,7 @@ class SQLStore(SessionStore):
         counted = model.select(model.tags, pw.fn.COUNT(pw.SQL("*"))).where(model.tags != "")
         return counted.group_by(model.tags).tuples()
 
+    @again
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
@@ -242,11 +257,17 @@ class SQLStore(SessionStore):
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         outcomes, order = [False] * len(deletions), _in_order(deletions)
         for start in range(0, len(order), _AT_ONCE):
-            with self._using() as database, database.in_turn():
-                for number in order[start : start + _AT_ONCE]:
-                    outcomes[number] = self._remove(database, deletions[number])
+            numbers = order[start : start + _AT_ONCE]
+            for number, removed in zip(numbers, self._delete_in_turn([deletions[n] for n in numbers]), strict=True):
+                outcomes[number] = removed
         return outcomes
 
+    @again
+    def _delete_in_turn(self, deletions: Sequence[Deletion]) -> list[bool]:
+        with self._using() as database, database.in_turn():
+            return [self._remove(database, deletion) for deletion in deletions]
+
+    @again
     def transaction(self, changes: Sequence[Change | Deletion]) -> None:
         check_transaction(changes)
         with self._using() as database, database.atomic():
@@ -258,6 +279,7 @@ class SQLStore(SessionStore):
                 if not done:
                     raise conflict(change.id, change.expected)
 
+    @again
     def lease(self, name: str, seconds: float) -> bool:
         leases, now = self._leases, time.time()
         key, holder = f"{self._namespace}:{name}", lease_holder(self._holder)
@@ -291,7 +313,7 @@ class SQLStore(SessionStore):
                     yield from check.run()
             yield from self._stray_histories(repair)
         except pw.PeeweeException as error:
-            if not isinstance(error, pw.DatabaseError) or _will_pass(error):
+            if not isinstance(error, pw.DatabaseError) or self._database.will_pass(error):
                 raise self._failure(error) from error
             text = f"it cannot be read: {error}; restore the newest backup into a new database"
             yield Finding(kind="database", where=self._name, text=text)
@@ -317,6 +339,7 @@ class SQLStore(SessionStore):
         finally:
             database.close()
 
+    @again
     def note(self, name: str, moment: float) -> None:
         leases, key = self._leases, self._note_key(name)
         row = leases.insert(name=key, holder="", until=moment)
@@ -410,7 +433,8 @@ class SQLStore(SessionStore):
         if query.after is not None and query.order_by is not None:
             keys = self._keys(query.order_by)
             value, session_id = query.after
-            conditions.append(_beyond(keys, [session_id] if query.by_id else [float(value), session_id], query.descending))
+            values = [session_id] if query.by_id else [float(value), session_id]
+            conditions.append(self._database.beyond(keys, values, descending=query.descending))
         return conditions
 
     def _keys(self, order_by: str) -> list[Any]:
@@ -435,7 +459,7 @@ class SQLStore(SessionStore):
             size = _PAGE if limit is None else min(_PAGE, limit)
             page = rows.limit(size).offset(offset if after is None else 0)
             if after is not None:
-                page = page.where(_beyond(keys, after, descending))
+                page = page.where(self._database.beyond(keys, after, descending=descending))
             with self._using() as database, translated:
                 # Not through the rows of peewee, which take as long as making the records does.
                 found = database.execute_sql(*page.bind(database).sql()).fetchall()  # type: ignore[no-untyped-call]
@@ -486,10 +510,13 @@ class SQLStore(SessionStore):
         return True
 
     def _failure(self, error: pw.PeeweeException) -> StoreError:
-        passing = _will_pass(error)
+        text = f"{self._name} failed: {error}"
+        if self._database.gave_way(error):
+            return GaveWay(text)
+        passing = self._database.will_pass(error)
         if passing and not self._database.is_closed() and not self._database.in_transaction():
             self._database.close()  # the next use connects anew
-        return (StoreUnavailable if passing else StoreError)(f"{self._name} failed: {error}")
+        return (StoreUnavailable if passing else StoreError)(text)
 
     def _prepare(self) -> None:
         self._connect_in_turn()  # outside of the lock: nobody waits for the connections of other threads
@@ -520,15 +547,10 @@ class SQLStore(SessionStore):
             if not database.table_exists(model._meta.table_name)
         ]
         if missing:
-            if isinstance(database, pw.PostgresqlDatabase):
-                # CREATE TABLE IF NOT EXISTS fails there for the second of two that come at once.
-                database.execute_sql(  # type: ignore[no-untyped-call]
-                    "SELECT pg_advisory_xact_lock(%s)", (TABLES_LOCK,)
-                )
-            for model in missing:
-                with model.bind_ctx(database):
-                    model.create_table(safe=True)
+            # The one of the sessions last: where each of them is there at once, for good, whoever finds that finds all.
+            database.make([model for model in missing if model is not self._model])
             self._schema.insert(name=table, version=SCHEMA_VERSION).on_conflict_ignore().execute(database)
+            database.make([model for model in missing if model is self._model])
         found = self._schema.select(self._schema.version).where(self._schema.name == table).scalar(database)
         if found != SCHEMA_VERSION:
             raise _WrongSchema(
@@ -541,9 +563,9 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     """The tables of one namespace: its sessions, the leases, the versions of the schema."""
 
     class Session(pw.Model):
-        id = pw.TextField(primary_key=True)
-        user_id = pw.TextField(null=True)
-        tenant_id = pw.TextField(null=True)
+        id = Name(primary_key=True)
+        user_id = Name(null=True)
+        tenant_id = Name(null=True)
         tags = pw.TextField()
         metadata = pw.TextField()
         created_at = pw.DoubleField()
@@ -566,7 +588,7 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     Session.add_index(pw.ModelIndex(Session, [Session.user_id, second], name=f"{table}_user"))
 
     class Lease(pw.Model):
-        name = pw.TextField(primary_key=True)
+        name = Name(primary_key=True)
         holder = pw.TextField()
         until = pw.DoubleField()
 
@@ -574,7 +596,7 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
             table_name = "persist_lease"
 
     class Schema(pw.Model):
-        name = pw.TextField(primary_key=True)
+        name = Name(primary_key=True)
         version = pw.IntegerField()
 
         class Meta:
@@ -648,26 +670,8 @@ def _named_record(values: dict[str, Any]) -> SessionRecord:
     return _record([values[name] for name in _COLUMNS])
 
 
-def _beyond(keys: Sequence[Any], values: Sequence[Any], descending: bool) -> Any:
-    """That a row comes later in the order of *keys* than one with *values*."""
-    here, there = pw.Tuple(*keys), pw.Tuple(*values)
-    return here < there if descending else here > there
-
-
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
     """The part of *query* that only ``matches`` can judge; ``None`` if there is none."""
     if query.tags or query.text is not None:
         return SessionQuery(tags=query.tags, text=query.text)
     return None
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def _will_pass(error: pw.PeeweeException) -> bool:
-    """Whether the database may be reachable again soon: locked, refused, timed out, connection lost."""
-    if isinstance(error, pw.InterfaceError):
-        return True
-    text = str(error)
-    lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
-    return isinstance(error, pw.OperationalError) and not any(word in text for word in lasting)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ..records import LogEntry, is_session_id
-from .databases import PerThread, translated
+from .databases import PerThread, again, translated
 from .history import (
     RESTORED_AT_ONCE,
     HistoryLog,
@@ -29,24 +29,6 @@ from .history import (
 )
 
 _NO_LIMIT = 2**63 - 1
-#: The lock under which the tables of this package are made on a PostgreSQL server.
-TABLES_LOCK = 0x70657273697374
-
-# Not WITHOUT ROWID: the inner pages of its tree hold whole entries, so few that reading takes twice as long.
-_TABLES_OF_SQLITE = (
-    """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL, seq INTEGER NOT NULL, created_at REAL NOT NULL,
-    "key" BLOB, data BLOB NOT NULL, PRIMARY KEY (session_id, seq))""",
-    'CREATE INDEX IF NOT EXISTS "{index}" ON "{table}" (session_id, "key") WHERE "key" IS NOT NULL',
-    """CREATE TRIGGER IF NOT EXISTS "{table}_end" AFTER DELETE ON "{sessions}"
-    BEGIN DELETE FROM "{table}" WHERE session_id = OLD.id; END""",
-)
-_TABLES_OF_POSTGRESQL = (
-    f"SELECT pg_advisory_xact_lock({TABLES_LOCK})",
-    """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL REFERENCES "{sessions}" (id) ON DELETE CASCADE,
-    seq BIGINT NOT NULL, created_at DOUBLE PRECISION NOT NULL, "key" BYTEA, data BYTEA NOT NULL,
-    PRIMARY KEY (session_id, seq))""",
-    _TABLES_OF_SQLITE[1],
-)
 _STATEMENTS = {
     # In SQLite the transaction has the only write lock there is. Where it is a lock on the row, what follows must be a
     # statement of its own, to see what was committed while this one waited.
@@ -72,16 +54,16 @@ class HistoryTable:
 
     :param sessions: the table of the sessions.
     :param namespace: part of the names of the table and its index.
+    :param database: one of the kind whose SQL it is to be.
     """
 
-    def __init__(self, sessions: str, namespace: str, *, of_sqlite: bool) -> None:
+    def __init__(self, sessions: str, namespace: str, database: PerThread) -> None:
         self._name = f"persist_history_{namespace}"
         names = {"sessions": sessions, "table": self._name, "index": f"persist_key_{namespace}"}
-        names["locked"] = "" if of_sqlite else " FOR NO KEY UPDATE"
-        place = "?" if of_sqlite else "%s"
+        names["locked"] = database.row_lock
+        place = database.param
         self.statements = {name: text.format(**names).replace("?", place) for name, text in _STATEMENTS.items()}
-        tables = _TABLES_OF_SQLITE if of_sqlite else _TABLES_OF_POSTGRESQL
-        self._making = [statement.format(**names) for statement in tables]
+        self._making = [statement.format(**names) for statement in database.history_tables]
         self._is_made = False
 
     def is_made(self, database: PerThread) -> bool:
@@ -106,6 +88,7 @@ class SQLHistory(HistoryLog):
         self._using = using
         self._table = table
 
+    @again
     def append(
         self,
         session_id: str,
@@ -156,6 +139,7 @@ class SQLHistory(HistoryLog):
         rows = self._rows("last", session_id) if is_session_id(session_id) else []
         return rows[0][0] or 0 if rows else 0
 
+    @again
     def delete(self, session_id: str, *, began: float | None = None) -> bool:
         if not self.count(session_id):
             return False
@@ -166,6 +150,7 @@ class SQLHistory(HistoryLog):
                 return False
             return bool(run("delete", session_id).rowcount)
 
+    @again
     def restore(self, session_id: str, entries: Sequence[LogEntry]) -> int:
         check_restored(entries)
         stored = 0

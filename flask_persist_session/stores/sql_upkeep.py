@@ -50,7 +50,7 @@ class SQLCheck:
         if isinstance(self._database, pw.SqliteDatabase):
             yield from self._modes()
             yield from self._integrity()
-        else:
+        elif isinstance(self._database, pw.PostgresqlDatabase):
             yield from self._invalid_indexes()
         yield from self._indexes()
         yield from self._rows()
@@ -117,7 +117,7 @@ class SQLCheck:
     def _create(self, index: Any) -> None:
         with self._model.bind_ctx(self._database):
             statement, parameters = self._model._schema._create_index(index).query()
-        if not isinstance(self._database, pw.SqliteDatabase):
+        if isinstance(self._database, pw.PostgresqlDatabase):
             statement = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
         self._run(statement, parameters)
 
@@ -126,8 +126,7 @@ class SQLCheck:
     def _rows(self) -> Iterator[Finding]:
         columns = self._model._meta.sorted_fields
         names = ", ".join(f'"{column.column_name}"' for column in columns)
-        place = "?" if isinstance(self._database, pw.SqliteDatabase) else "%s"
-        statement = f'SELECT {names} FROM "{self._table}" WHERE id > {place} ORDER BY id LIMIT {_PAGE}'
+        statement = f'SELECT {names} FROM "{self._table}" WHERE id > {self._database.param} ORDER BY id LIMIT {_PAGE}'
         last = ""
         while rows := self._run(statement, (last,)):
             for row in rows:
@@ -156,8 +155,12 @@ def fetched(database: PerThread, statement: str, parameters: Sequence[Any] = ())
 
 def tidy_up(database: PerThread, table: str, *, full: bool) -> Iterator[Improvement]:
     """Bring the statistics of the database up to date and give back room, on a connection of its own."""
-    of_sqlite = isinstance(database, pw.SqliteDatabase)
-    yield from (_tidy_up_sqlite if of_sqlite else _tidy_up_postgresql)(database, table, full)
+    if isinstance(database, pw.SqliteDatabase):
+        yield from _tidy_up_sqlite(database, table, full)
+    elif isinstance(database, pw.PostgresqlDatabase):
+        yield from _tidy_up_postgresql(database, table, full)
+    else:
+        yield from _tidy_up_mysql(database, table, full)
 
 
 def _tidy_up_sqlite(database: PerThread, table: str, full: bool) -> Iterator[Improvement]:
@@ -208,6 +211,29 @@ def _tidy_up_postgresql(database: PerThread, table: str, full: bool) -> Iterator
     freed = max(0, before - fetched(database, size)[0][0])
     text = "rewrote the table" if full else "made room in the table for new sessions"
     yield Improvement(text=f"{text} and brought the statistics of the query planner up to date", freed=freed)
+
+
+def _tidy_up_mysql(database: PerThread, table: str, full: bool) -> Iterator[Improvement]:
+    before = _bytes_in_mysql(database, table)
+    if full:
+        _maintain(database, "OPTIMIZE", table)
+    freed = max(0, before - _bytes_in_mysql(database, table)) if full else 0
+    text = "rewrote the table and brought" if full else "brought"
+    yield Improvement(text=f"{text} the statistics of the query planner up to date", freed=freed)
+
+
+def _bytes_in_mysql(database: PerThread, table: str) -> int:
+    # What the dictionary of tables says of it may be as old as the statistics.
+    _maintain(database, "ANALYZE", table)
+    size = "SELECT data_length + index_length FROM information_schema.tables WHERE table_schema = DATABASE()"
+    return int(fetched(database, f"{size} AND table_name = %s", (table,))[0][0] or 0)
+
+
+def _maintain(database: PerThread, what: str, table: str) -> None:
+    # It answers with what went wrong in place of failing.
+    for _, _, kind, text in fetched(database, f'{what} TABLE "{table}"'):
+        if kind.lower() == "error":
+            raise pw.OperationalError(f"{what} TABLE {table}: {text}")
 
 
 def _number(database: PerThread, pragma: str) -> int:

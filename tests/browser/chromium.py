@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 
+from tests.packages import install, run
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 #: Playwright's own program needs the second one, which a small system may lack.
 PACKAGES = ("chromium", "libatomic1")
@@ -66,17 +68,7 @@ def download() -> None:
 
 def install_package() -> None:
     """Install the system's package, where that needs nobody's leave."""
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        print("The system's package is not installed from here: that takes apt-get and root.", flush=True)
-        return
-    run("apt-get", "update", "-qq")
-    run("apt-get", "install", "-qq", "--yes", "--no-install-recommends", *PACKAGES)
-
-
-def run(*command: str) -> None:
-    """Run a command, and say so; whether it has helped is seen by looking for a Chromium."""
-    print("Getting a Chromium for the tests:", *command, flush=True)
-    subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdin=subprocess.DEVNULL, check=False)
+    install(*PACKAGES)
 
 
 def get() -> str:
