@@ -632,9 +632,11 @@ def record_of(
         and 0 < version < _MOST
         and type(session_id) is str
         and is_session_id(session_id)
-        and (user_id is None or type(user_id) is str)
-        and (tenant_id is None or type(tenant_id) is str)
-        and (end_reason is None or type(end_reason) is str)
+        and (user_id is None or _is_text(user_id))
+        and (tenant_id is None or _is_text(tenant_id))
+        and (end_reason is None or _is_text(end_reason))
+        and (type(tags) is not str or _is_text(tags))
+        and (type(metadata) is not str or _is_text(metadata))
         and type(created_at) in _NUMBERS
         and type(accessed_at) in _NUMBERS
         and type(expires_at) in _NUMBERS
@@ -658,6 +660,11 @@ def record_of(
         end_reason=end_reason,
         version=version,
     )
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text; SQLite keeps whatever bytes somebody calls so."""
+    return type(value) is str and (value.isascii() or _is_utf8(value))
 
 
 _NUMBERS = (float, int)

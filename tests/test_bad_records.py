@@ -115,11 +115,17 @@ class SQLiteVandal(SQLVandal):
 
     def kept(self, session_id: str) -> Any:
         with closing(sqlite3.connect(self.path)) as database:
+            database.text_factory = bytes
             return database.execute("SELECT * FROM persist_session_web WHERE id = ?", (session_id,)).fetchall()
 
     def put(self, session_id: str, column: str, value: object) -> None:
         with closing(sqlite3.connect(self.path)) as database, database:
             database.execute(f"UPDATE persist_session_web SET {column} = ? WHERE id = ?", (value, session_id))
+
+    def put_text(self, session_id: str, column: str, text: bytes) -> None:
+        """Put what is kept as text, though no encoding knows it."""
+        with closing(sqlite3.connect(self.path)) as database, database:
+            database.execute(f"UPDATE persist_session_web SET {column} = CAST(? AS TEXT) WHERE id = ?", (text, session_id))
 
 
 class PostgreSQLVandal(SQLVandal):
@@ -251,6 +257,11 @@ RECORDS: dict[str, dict[str, Damage]] = {
         "tags that are no JSON": column("tags", "{"),
         "tags that are a number": column("tags", "7"),
         "metadata that is a list": column("metadata", "[]"),
+        "a user that is no text": lambda vandal, session_id: vandal.put_text(session_id, "user_id", b"Ad\xff"),
+        "a tenant that is no text": lambda vandal, session_id: vandal.put_text(session_id, "tenant_id", b"Ad\xff"),
+        "a tag that is no text": lambda vandal, session_id: vandal.put_text(session_id, "tags", b'["Ad\xff"]'),
+        "metadata that are no text": lambda vandal, session_id: vandal.put_text(session_id, "metadata", b'{"a":"\xff"}'),
+        "a reason that is no text": lambda vandal, session_id: vandal.put_text(session_id, "end_reason", b"Ad\xff"),
     },
     "postgresql": {
         "tags that are no JSON": column("tags", "{"),
