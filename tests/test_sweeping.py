@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ class FakeTime:
     """A clock that moves by *step* whenever it is read, and by what is slept."""
 
     def __init__(self, step: float, sleeping: Callable[[], object]) -> None:
-        self.now, self.step, self.sleeping = 1000.0, step, sleeping
+        self.now = time.monotonic() + 1000  # long after what was before
+        self.step, self.sleeping = step, sleeping
         self.slept: list[float] = []
 
     def monotonic(self) -> float:
