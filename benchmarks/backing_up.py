@@ -77,6 +77,7 @@ def measure(places: Places, kind: str, number: int) -> Iterator[Result]:
         if kind == "redis" and name == "backup":
             with redis.Redis(port=places.redis.port, socket_timeout=60) as client:
                 client.flushdb()  # room for the other million
+                client.ping()  # the server goes on with it after its answer
 
 
 # What the processes do ------------------------------------------------------------------------------------------------
