@@ -296,7 +296,7 @@ def _sessions(members: Iterator[tuple[str, list[bytes]]]) -> Iterator[_Archived]
     while following is not None:
         namespace, line = following
         following = next(lines, None)
-        rest = history()
+        rest = history() if following is not None and following[1].startswith(HISTORY) else iter(())
         # Those that might have one count as well: where a crash cut it off, its lines are missing.
         yield _Archived(namespace, line, rest, b'"entries":' in line)
         for _ in rest:  # of one that is not restored
@@ -406,7 +406,10 @@ class _Restore:
         creating: Future[list[bool]],
         size: int,
     ) -> int:
-        saved = creating.result()
+        try:
+            saved = creating.result()
+        except ValueError:  # no store may save one of them, so none was saved; each by itself says which
+            saved = [False] * len(wanted)
         self._counts["restored"] += sum(saved)
         self._settle(manager, [one for one, was_missing in zip(wanted, saved, strict=True) if not was_missing])
         return size
@@ -417,7 +420,7 @@ class _Restore:
         for record, dialogue in present:
             try:
                 self._counts[self._reconcile(manager, record, dialogue, live.get(record.id))] += 1
-            except (SerializationError, SessionConflict, UnsupportedByStore) as error:
+            except (SerializationError, SessionConflict, UnsupportedByStore, ValueError) as error:
                 self._fail(record.id, error)
 
     def _wanted(self, manager: SessionManager, batch: Iterable[_Archived]) -> Iterator[tuple[SessionRecord, _Dialogue]]:
@@ -431,7 +434,6 @@ class _Restore:
                 # Nobody is signed in by a session of the application's own, and without its user nobody would find it.
                 if self._sign_out and manager.namespace == WEB:
                     record = manager.without_user(record)
-                check_save(record, 0)
                 dialogue = _Dialogue(fields, archived.history)
             except (SerializationError, ValueError, TypeError) as error:
                 self._fail(_id_in(archived.line), error)
@@ -447,6 +449,7 @@ class _Restore:
         self, manager: SessionManager, record: SessionRecord, dialogue: _Dialogue, live: SessionRecord | None
     ) -> str:
         """Settle a record of which the store has, or had, another version; says under which count it falls."""
+        check_save(record, 0)
         for _ in range(_ATTEMPTS):
             live = live or manager.store.get(record.id)
             fate = self._fate(manager, record, live)

@@ -23,8 +23,14 @@ LATEST = 5
 _PAGE = 100
 _LINE_BYTES = 256 * 1024
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-#: Not ``json.loads``, which guesses the encoding of each line.
-_decode = json.JSONDecoder().decode
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+#: Not ``json.loads``, which guesses the encoding of each line, and takes NaN for a number.
+_decode = json.JSONDecoder(parse_constant=_no_number).decode
 
 
 def dump_record(record: SessionRecord, **more: JSON) -> bytes:

@@ -692,22 +692,30 @@ BAD_LINES: dict[str, dict[str, Any]] = {
     "a NUL in the user": {"user_id": "a\0b"},
     "tags that are numbers": {"tags": [1]},
     "metadata that is a list": {"metadata": [1]},
+    "metadata that are no JSON": {"metadata": {"a": [float("nan")]}},
     "data that is no base64": {"data": "x"},
     "data that is a number": {"data": 7},
 }
 
 
 @pytest.mark.parametrize("change", BAD_LINES, ids=str)
-def test_a_wrong_record_costs_itself_alone(change: str, good: str, clock: Clock, tmp_path: Path) -> None:
-    """A record that cannot be restored, in an archive that is whole, is counted with its reason; the others come back."""
+def test_a_wrong_record_costs_itself_alone(change: str, good: str, clock: Clock, tmp_path: Path, store_url: str) -> None:
+    """A record that cannot be restored, in an archive that is whole, is counted with its reason; the others come back.
+
+    A dry run says the same.
+    """
     files = unpacked(good)
     lines = files[RECORDS].splitlines(keepends=True)
     first = next(line for line in lines if json.loads(line)["user_id"] is None)
     wrong = json.dumps(json.loads(first) | BAD_LINES[change]).encode() + b"\n"
-    other = new_manager(clock)
-    report = load(other, repacked(files, [wrong if line == first else line for line in lines], tmp_path))
-    assert counts(report) == {"restored": 4, "failed": 1}
-    assert len(report.reasons) == 1
+    other = new_manager(clock, store_url)
+    path = repacked(files, [wrong if line == first else line for line in lines], tmp_path)
+    for dry_run in True, False:
+        report = load(other, path, dry_run=dry_run)
+        assert counts(report) == {"restored": 4, "failed": 1}
+        assert len(report.reasons) == 1
+    assert len(contents(other.store)) == 4
+    other.store.close()
 
 
 def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> None:

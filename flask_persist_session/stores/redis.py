@@ -311,9 +311,9 @@ class RedisStore(SessionStore):
     def _step(self, change: Change | Deletion) -> Step:
         if isinstance(change, Deletion):
             _, key, *given = self._delete_arguments(change.id, change.expected)
-            return Step(change.id[:3], key, ("delete", *given, "", "", ""), 0)
+            return Step("d", change.id[:3], key, (*given, "", "", ""), 0)
         _, key, *given = self._save_arguments(change.record)
-        return Step(change.id[:3], key, ("save" if change.expected else "create", *given), len(change.record.data))
+        return Step("s" if change.expected else "c", change.id[:3], key, (*given,), len(change.record.data))
 
     # Listing ----------------------------------------------------------------------------------------------------------
 

@@ -182,17 +182,17 @@ end
 return open
 """)
 
-_SCRIPT_OF = {"save": SAVE, "create": CREATE, "delete": DELETE}
+_SCRIPT_OF = {"s": SAVE, "c": CREATE, "d": DELETE}
 
-# KEYS: sessions. ARGV for each: save, create or delete, and what these scripts are given.
+# KEYS: sessions. ARGV: four for each, as for the scripts above, and at last the letters of these scripts.
 _STEPS = f"""
 {_LONGEST}
-local scripts = {{}}
-scripts.save = function(KEYS, ARGV) {_SAVING} end
-scripts.create = function(KEYS, ARGV) {_CREATING} end
-scripts.delete = function(KEYS, ARGV) {DELETE.text} end
+local kinds, scripts = ARGV[#ARGV], {{}}
+scripts.s = function(KEYS, ARGV) {_SAVING} end
+scripts.c = function(KEYS, ARGV) {_CREATING} end
+scripts.d = function(KEYS, ARGV) {DELETE.text} end
 local function run(number)
-  return scripts[ARGV[number * 5 - 4]]({{KEYS[number]}}, {{unpack(ARGV, number * 5 - 3, number * 5)}})
+  return scripts[kinds:sub(number, number)]({{KEYS[number]}}, {{unpack(ARGV, number * 4 - 3, number * 4)}})
 end
 """
 
@@ -212,15 +212,15 @@ return outcomes
 TRANSACTION = Script(f"""{_STEPS}
 local function has_version(key, kind, given)
   local stored = redis.pcall('HGET', key, 'version')
-  if kind == 'create' then return not stored end
-  if kind == 'save' then return stored == tostring(given - 1) end
+  if kind == 'c' then return not stored end
+  if kind == 's' then return stored == tostring(given - 1) end
   return given == '' or stored == given
 end
 for number, key in ipairs(KEYS) do
-  local kind, given = ARGV[number * 5 - 4], ARGV[number * 5 - 3]
+  local kind, given = kinds:sub(number, number), ARGV[number * 4 - 3]
   if not has_version(key, kind, given) then return number end
   local shard = key:match('^(.*):s:')
-  local facts = kind == 'delete' and redis.pcall('HGET', shard .. ':facts', key:match('[^:]*$')) or ARGV[number * 5 - 1]
+  local facts = kind == 'd' and redis.pcall('HGET', shard .. ':facts', key:match('[^:]*$')) or ARGV[number * 4 - 1]
   if type(facts) == 'table' then return facts end
   local intact, _, _, _, _, _, user = pcall(struct.unpack, '<ddI4BHHc0', facts or '')
   for _, index in ipairs({{shard .. ':expiry', intact and user ~= '' and shard .. ':u' .. user or nil}}) do
@@ -354,25 +354,28 @@ Call: TypeAlias = "tuple[Script, tuple[Any, ...]]"
 class Step(NamedTuple):
     """What a script does with one of several sessions."""
 
+    kind: str
+    """The letter of the script."""
     shard: str
     key: str
     arguments: tuple[Any, ...]
+    """Four, of which a deletion uses one."""
     size: int
     """Bytes of its data."""
 
 
 def together(steps: Sequence[Step]) -> tuple[Any, ...]:
     """The arguments of a script that runs these steps."""
-    keys = [step.key for step in steps]
-    return len(keys), *keys, *chain.from_iterable(step.arguments for step in steps)
+    kinds, _, keys, arguments, _ = zip(*steps, strict=True)
+    return len(keys), *keys, *chain.from_iterable(arguments), "".join(kinds)
 
 
 def call_of(steps: Sequence[Step]) -> Call:
     """The script that runs each of these steps, and its arguments."""
     if len(steps) > 1:
         return EACH, together(steps)
-    [(_, key, (kind, *arguments), _)] = steps
-    return _SCRIPT_OF[kind], (1, key, *arguments)
+    [step] = steps
+    return _SCRIPT_OF[step.kind], (1, step.key, *step.arguments)
 
 
 def at_once(steps: Iterable[Step]) -> Iterator[list[Step]]:
