@@ -333,6 +333,8 @@ def _in_turns(items: Iterable[_T]) -> Iterator[_T]:
 class _Dialogue:
     """The history of a record, as an archive has it."""
 
+    __slots__ = ("_last_at", "_lines", "_record_id", "count")
+
     def __init__(self, fields: Mapping[str, Any], lines: Iterator[bytes]) -> None:
         self.count = int(fields.get("entries", 0))
         self._last_at = fields.get("last_entry_at")

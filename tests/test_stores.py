@@ -668,7 +668,7 @@ def _scripts(client: redis.Redis, call: Callable[[], object]) -> list[list[str]]
 
 
 def test_redis_saves_many_of_a_shard_with_few_scripts(client: redis.Redis, redis_store: SessionStore) -> None:
-    """Sessions of a shard that follow each other are created, saved and deleted a hundred by a script."""
+    """Sessions of a shard that follow each other are created, saved and deleted two hundred by a script."""
     records = [make_record(number) for number in range(250)]
     steps: list[Callable[[], object]] = [
         partial(redis_store.save_many, [Change(record=record, expected=0) for record in records]),
@@ -676,7 +676,7 @@ def test_redis_saves_many_of_a_shard_with_few_scripts(client: redis.Redis, redis
         partial(redis_store.delete_many, [Deletion(id=record.id, expected=2) for record in records]),
     ]
     for step, left in zip(steps, (250, 250, 0), strict=True):
-        assert [len(ids) for ids in _scripts(client, step)] == [100, 100, 50]
+        assert [len(ids) for ids in _scripts(client, step)] == [200, 50]
         assert redis_store.count(SessionQuery()) == left
     assert _keys(client) == []
 

@@ -17,7 +17,7 @@ from ..serializers import dump_tags
 from .redis_history import PROLONG, REMOVE, SCRIPTS
 
 #: How many sessions a script saves or deletes at most, without a pause, with how many bytes of data.
-_STEPS_AT_ONCE = 100
+_STEPS_AT_ONCE = 200
 _BYTES_AT_ONCE = 256 * 1024
 
 
