@@ -272,7 +272,8 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
             if name in seen:
                 raise BackupError(f"it has the member {name} twice")
             seen.add(name)
-            content = stream.read(size + -size % _BLOCK)[:size]
+            content = stream.read(size)
+            stream.read(-size % _BLOCK)
             if name == MANIFEST:
                 stream.expect_end()
             yield Member(name, content)

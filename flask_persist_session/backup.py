@@ -39,6 +39,8 @@ _BATCH_BYTES = 2 * 1024 * 1024
 #: Seconds that reading keeps the interpreter at most, and for which it then leaves it to whoever waits. By itself it would
 #: be taken away after 5 ms (``sys.getswitchinterval``), and the thread that writes waits for it after each answer.
 _TURN, _MOMENT = 0.0005, 0.0001
+#: Within so many bytes at the end of a record's line stands how many entries its history has.
+_SAYS_ENTRIES = 100
 _STEP = 1000
 _ATTEMPTS = 50
 _REASONS = 10
@@ -296,9 +298,10 @@ def _sessions(members: Iterator[tuple[str, list[bytes]]]) -> Iterator[_Archived]
     while following is not None:
         namespace, line = following
         following = next(lines, None)
-        rest = history() if following is not None and following[1].startswith(HISTORY) else iter(())
-        # Those that might have one count as well: where a crash cut it off, its lines are missing.
-        yield _Archived(namespace, line, rest, b'"entries":' in line)
+        has_lines = following is not None and following[1].startswith(HISTORY)
+        rest = history() if has_lines else iter(())
+        # Those that say they have one count as well: where a crash cut it off, its lines are missing.
+        yield _Archived(namespace, line, rest, has_lines or b'"entries":' in line[-_SAYS_ENTRIES:])
         for _ in rest:  # of one that is not restored
             pass
 
@@ -437,6 +440,8 @@ class _Restore:
                 if self._sign_out and manager.namespace == WEB:
                     record = manager.without_user(record)
                 dialogue = _Dialogue(fields, archived.history)
+                if dialogue.count and not archived.has_history:
+                    raise SerializationError(f"the archive has none of the {dialogue.count:,} entries of its history")
             except (SerializationError, ValueError, TypeError) as error:
                 self._fail(_id_in(archived.line), error)
             else:

@@ -718,6 +718,22 @@ def test_a_wrong_record_costs_itself_alone(change: str, good: str, clock: Clock,
     other.store.close()
 
 
+@pytest.mark.parametrize("in_front", [False, True])
+def test_a_record_whose_history_is_missing_is_not_restored(
+    in_front: bool, good: str, clock: Clock, tmp_path: Path, store_url: str
+) -> None:
+    """Wherever in its line stands how many entries it had: without them it would not be the same session."""
+    files = unpacked(good)
+    first, *others = files[RECORDS].splitlines(keepends=True)
+    fields, said = json.loads(first), {"entries": 3, "last_entry_at": 1.0}
+    line = json.dumps(said | fields if in_front else fields | said, separators=(",", ":")).encode() + b"\n"
+    other = new_manager(clock, store_url)
+    report = load(other, repacked(files, [line, *others], tmp_path))
+    assert counts(report) == {"restored": 4, "failed": 1}
+    assert "of the 3 entries" in report.reasons[0]
+    other.store.close()
+
+
 def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> None:
     """Of many failures all are counted, and ten explained."""
     report = load(new_manager(clock), repacked(unpacked(good), [b"no record\n"] * 25, tmp_path))
