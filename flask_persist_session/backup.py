@@ -390,7 +390,8 @@ class _Restore:
 
     def restore(self, manager: SessionManager, batch: list[_Archived]) -> int:
         """Restore a batch, while the caller reads the next one; returns of how many sessions nothing is left to do."""
-        wanted = list(self._wanted(manager, _in_turns(batch)))
+        # What has a lock instead of a server would only hold it for longer.
+        wanted = list(self._wanted(manager, _in_turns(batch) if manager.store.remote else batch))
         done = self.finish()
         if self._dry_run or batch[0].has_history:
             self._settle(manager, wanted)

@@ -353,7 +353,7 @@ def test_many_changes_of_sqlite_pause_between_transactions(tmp_path: Path, monke
     assert times.pauses == [0.0, databases._FREE_BETWEEN_MANY, databases._FREE_BETWEEN_MANY]
 
 
-def test_reading_a_backup_leaves_other_threads_their_turn(
+def test_reading_a_backup_for_a_server_leaves_other_threads_their_turn(
     manager: SessionManager, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits for the interpreter, such as the thread that writes, gets it when the turn of reading is over."""
@@ -361,8 +361,11 @@ def test_reading_a_backup_leaves_other_threads_their_turn(
         manager.create({"n": number})
     path, times = save_archive(manager, tmp_path), Times(backup_module._TURN * 0.6)
     monkeypatch.setattr(backup_module, "time", times)
-    assert load(new_manager(clock), path).restored == 5
-    assert times.pauses == [backup_module._MOMENT] * 2
+    for remote, pauses in (False, []), (True, [backup_module._MOMENT] * 2):
+        other = new_manager(clock)
+        other.store.remote = remote
+        assert load(other, path).restored == 5
+        assert times.pauses == pauses
 
 
 def test_a_restore_of_large_sessions_takes_few_at_once(

@@ -142,6 +142,9 @@ class PerThread(pw.Database):
     def take_time(self) -> None:
         """Let statements take as long as they take; to be called before it is connected."""
 
+    def give_way(self) -> None:
+        """Wait, before a transaction of many changes is prepared, until others had their turn."""
+
     def of_many(self) -> AbstractContextManager[Any]:
         """A transaction of so many changes that what follows from them is not to be left to the next request."""
         return self.atomic()
@@ -203,9 +206,11 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         if self.connection().in_transaction:  # type: ignore[no-untyped-call]
             super().rollback()
 
+    def give_way(self) -> None:
+        time.sleep(max(0.0, self._others_until - time.monotonic()))
+
     @contextmanager
     def of_many(self) -> Iterator[None]:
-        time.sleep(max(0.0, self._others_until - time.monotonic()))
         self.settle()
         # Otherwise whoever commits into a long log copies what is in it, and waits for the disk to have it.
         run: Any = self.execute_sql

@@ -121,6 +121,7 @@ class SQLStore(SessionStore):
         before_fork(self._close_idle)
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
+        self.remote = not of_sqlite
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
@@ -244,10 +245,13 @@ class SQLStore(SessionStore):
         for change in changes:
             check_save(change.record, change.expected)
         outcomes = [False] * len(changes)
+        many = len(changes) >= _MANY
         with self._using() as database:
+            if many:
+                database.give_way()
             # Built before the transaction, for which others may have to wait.
             statements = [(n, self._statement(changes[n].record, changes[n].expected)) for n in _in_order(changes)]
-            with database.of_many() if len(changes) >= _MANY else database.atomic(), translated:
+            with database.of_many() if many else database.atomic(), translated:
                 cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
                 for number, statement in statements:
                     cursor.execute(*statement)
