@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
 # So many processes run the tests, a file at a time each. They wait a lot, so more than there are processors pays.
-WORKERS ?= 4
+WORKERS ?= 6
 
 .PHONY: demo test browser database screenshots lint soak bench clean
 
