@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
 # So many processes run the tests, a file at a time each. They wait a lot, so more than there are processors pays.
-WORKERS ?= 6
+WORKERS ?= 4
 
 .PHONY: demo test browser database screenshots lint soak bench clean
 
