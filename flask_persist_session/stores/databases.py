@@ -193,7 +193,7 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         # Nobody is told that the lock is free: whoever waits for it looks again after 1, 2, 5, 10, 15, 20 … ms. Who
         # takes it again at once would keep them out for long; so it stays free for as long as it was held, and at least
         # until the third look.
-        time.sleep(max(0.0, self._others_until - time.monotonic()))
+        self.give_way()
         with self.atomic():
             start = time.monotonic()
             yield

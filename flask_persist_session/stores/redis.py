@@ -429,7 +429,7 @@ class RedisStore(SessionStore):
         outcomes: list[bool] = []
         for part in parts(steps, _STEPS_SENT, _BYTES_SENT):
             with self._errors():
-                outcomes += map(bool, chain.from_iterable(self._answers(list(self._calls(part)))))
+                outcomes += chain.from_iterable(map(_outcomes, self._answers(list(self._calls(part)))))
         return outcomes
 
     def _calls(self, steps: Iterable[Step]) -> Iterator[Call]:
@@ -441,8 +441,8 @@ class RedisStore(SessionStore):
             script, arguments = call_of([step])
             yield script, with_all_keys(script, arguments)
 
-    def _answers(self, calls: Sequence[Call]) -> Iterator[list[Any]]:
-        """What each script answers of its steps."""
+    def _answers(self, calls: Sequence[Call]) -> Iterator[Any]:
+        """What the scripts answer, or what is wrong with their keys."""
         with self._client.pipeline(transaction=False) as pipeline:
             sent = set[Script]()
             for script, arguments in calls:
@@ -451,18 +451,13 @@ class RedisStore(SessionStore):
                 sent.add(script)
                 pipeline.execute_command(name, source, *arguments)
             answers = pipeline.execute(raise_on_error=False)
-        for call, answer in zip(calls, answers, strict=True):
-            yield self._settled(*call, answer)
-
-    def _settled(self, script: Script, arguments: tuple[Any, ...], answer: Any) -> list[Any]:
-        """The answer to a call, once more if the server has lost the script. Raises what is wrong with any of its steps."""
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            answer = self._client.execute_command("EVAL", script.text, *arguments)
-        outcomes = answer if isinstance(answer, list) else [answer]
-        for outcome in outcomes:
-            if isinstance(outcome, redis.RedisError):
-                raise outcome
-        return outcomes
+        for (script, arguments), answer in zip(calls, answers, strict=True):
+            if isinstance(answer, redis.exceptions.NoScriptError):  # the server has lost it
+                yield self._client.execute_command("EVAL", script.text, *arguments)
+            elif isinstance(answer, redis.RedisError) and not isinstance(answer, redis.ResponseError):
+                raise answer
+            else:
+                yield answer
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -505,26 +500,23 @@ class _Checked:
     def evaluate(self, script: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         run = Script(script)
         given = [(1, *(_bytes(part) if isinstance(part, str) else part for part in call)) for call in calls]
-        with self._store._errors(), self._store._client.pipeline(transaction=False) as pipeline:
-            for number, arguments in enumerate(given):
-                # The text comes once, for the server keeps it: it is as long as a session.
-                pipeline.execute_command(*(("EVALSHA", run.sha) if number else ("EVAL", run.text)), *arguments)
-            answers = pipeline.execute(raise_on_error=False) if given else []
-            return [self._settled(run, *call) for call in zip(given, answers, strict=True)]
-
-    def _settled(self, script: Script, arguments: tuple[Any, ...], answer: Any) -> Any:
-        """The answer to a call, once more if the server has lost the script; what is wrong with the key is an answer."""
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            return self._store._run(script, arguments)
-        if isinstance(answer, redis.RedisError) and not isinstance(answer, redis.ResponseError):
-            raise answer
-        return answer
+        with self._store._errors():
+            return list(self._store._answers([(run, arguments) for arguments in given])) if given else []
 
     def read(self, packed: Any, version: Any) -> SessionRecord | None:
         return _record([packed, version])
 
     def reindexing(self, record: SessionRecord) -> tuple[Any, ...]:
         return facts_of(record), _lifetime(record, self._store.margin)
+
+
+def _outcomes(answer: Any) -> list[bool]:
+    """What a script says of each of its steps. Raises what is wrong with any."""
+    outcomes = answer if isinstance(answer, list) else [answer]
+    for outcome in outcomes:
+        if isinstance(outcome, redis.RedisError):
+            raise outcome
+    return list(map(bool, outcomes))
 
 
 def _text(key: bytes) -> str:
