@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
@@ -37,8 +38,11 @@ STRATEGIES = ("skip", "overwrite", "newer")
 _BATCH = 600
 _BATCH_BYTES = 2 * 1024 * 1024
 #: Seconds that reading keeps the interpreter at most, and for which it then leaves it to whoever waits. By itself it would
-#: be taken away after 5 ms (``sys.getswitchinterval``), and the thread that writes waits for it after each answer.
+#: be taken away after 5 ms (``sys.getswitchinterval``), and the thread that writes waits for it after each answer, with
+#: what it has locked.
 _TURN, _MOMENT = 0.0005, 0.0001
+#: So many objects at most a release of Python keeps from the garbage collector itself.
+_FROZEN_BY_PYTHON = 1000
 #: Within so many bytes at the end of a record's line stands how many entries its history has.
 _SAYS_ENTRIES = 100
 _STEP = 1000
@@ -238,7 +242,7 @@ def restore(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; allowed is one of {', '.join(STRATEGIES)}")
     try:
-        with opened(path) as file:
+        with opened(path) as file, _collecting_little():
             contents = _verify(file, verified, _first(managers).clock())
             _check_namespaces(contents, managers)
             started(contents.records)
@@ -252,6 +256,23 @@ def restore(
             return run.report()
     except FileNotFoundError as error:
         raise BackupError(f"there is no archive {path}") from error
+
+
+@contextmanager
+def _collecting_little() -> Iterator[None]:
+    """Meanwhile the garbage collector looks at nothing that was there before.
+
+    A look at all that an application consists of takes some 50 ms, in which no thread can go on; others would wait for
+    what one of them has locked.
+    """
+    if gc.get_freeze_count() > _FROZEN_BY_PYTHON:  # by the application, or another restore
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _verify(file: BinaryIO, progress: Progress, now: float) -> Manifest | Contents:
@@ -390,8 +411,7 @@ class _Restore:
 
     def restore(self, manager: SessionManager, batch: list[_Archived]) -> int:
         """Restore a batch, while the caller reads the next one; returns of how many sessions nothing is left to do."""
-        # What has a lock instead of a server would only hold it for longer.
-        wanted = list(self._wanted(manager, _in_turns(batch) if manager.store.remote else batch))
+        wanted = list(self._wanted(manager, _in_turns(batch)))
         done = self.finish()
         if self._dry_run or batch[0].has_history:
             self._settle(manager, wanted)

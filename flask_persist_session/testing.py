@@ -1034,6 +1034,18 @@ class SessionStoreContract(_Contract):
         found = [store.get(make_record(number).id) for number in (1, 2, 3, 4)]
         assert found == [taken, following(changed, data=b"new"), following(fresh, data=b"twice"), None]
 
+    def test_save_many_of_which_some_are_there(self, store: SessionStore) -> None:
+        """Of many new records those are stored of which there is none, each once, and the others stay as they are."""
+        records = [make_record(number, user_id=None) for number in range(250)]
+        there = [replace(record, data=b"there") for record in records[::3]]
+        store.save_many([Change(record=record, expected=0) for record in there])
+        again = [replace(record, data=b"again") for record in records[:100]]
+        outcomes = store.save_many([Change(record=record, expected=0) for record in [*records, *again]])
+        assert outcomes == [bool(number % 3) for number in range(250)] + [False] * 100
+        assert [store.get(record.id) for record in records] == [
+            record if number % 3 else there[number // 3] for number, record in enumerate(records)
+        ]
+
     @pytest.mark.parametrize("wrong", [make_record(id="x" * 67), make_record(version=0)], ids=["id", "version"])
     def test_save_many_of_something_wrong(self, store: SessionStore, wrong: SessionRecord) -> None:
         """What ``save`` refuses is refused among others too, and the changes after it are not saved."""

@@ -23,7 +23,6 @@ class CountingStore(SessionStore):
     def __init__(self, store: SessionStore) -> None:
         self.store = store
         self.atomic = store.atomic
-        self.remote = store.remote
         self.operations: Counter[str] = Counter()
 
     get = _counted("get")

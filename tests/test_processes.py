@@ -268,6 +268,27 @@ def test_processes_that_change_many_do_not_wait_for_each_other(shared_url: str) 
     run_at_once(change_many, [(shared_url, True), (shared_url, False)])
 
 
+def create_many(url: str, first: int, told: str, start: Barrier) -> None:
+    """Create sessions at once, and write down how many were created."""
+    store = open_store(url)
+    records = [make_record(number, user_id=None, data=told.encode()) for number in range(first, first + 400)]
+    start.wait(DEADLINE)
+    outcomes = store.save_many([Change(record=record, expected=0) for record in records])
+    Path(told).write_text(" ".join(record.id for record, done in zip(records, outcomes, strict=True) if done))
+    store.close()
+
+
+def test_processes_create_many_at_once(shared_url: str, tmp_path: Path) -> None:
+    """Of several processes that create the same sessions each session is created by one, whose data it has."""
+    told = [str(tmp_path / name) for name in ("a", "b", "c")]
+    run_at_once(create_many, [(shared_url, 200 * number, path) for number, path in enumerate(told)])
+    created = {session_id: path for path in told for session_id in Path(path).read_text().split()}
+    assert sum(len(Path(path).read_text().split()) for path in told) == len(created) == 800
+    store = open_store(shared_url)
+    assert {record.id: record.data.decode() for record in store.scan()} == created
+    store.close()
+
+
 # Processes killed while they save -------------------------------------------------------------------------------------
 
 

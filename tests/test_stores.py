@@ -10,9 +10,13 @@ import resource
 import select
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +45,7 @@ from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from flask_persist_session.tokens import SHARDS
 from tests.conftest import SHARED_STORES
-from tests.servers import RedisServer, free_port
+from tests.servers import DEADLINE, RedisServer, free_port
 
 NewURL = Callable[[str], str]
 
@@ -352,17 +356,84 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return made
 
 
-def test_sqlite_copies_the_log_of_many_changes_in_a_thread_that_ends(
-    database: Path, connections: list[tuple[int, int]]
+@pytest.mark.parametrize("at_once", [800, 50, 1])
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_sqlite_copies_its_log_in_a_thread_that_ends(
+    database: Path, connections: list[tuple[int, int]], at_once: int, size: int
 ) -> None:
-    """After many changes at once another thread empties the log on a connection of its own; closing waits for it."""
-    store = open_store(f"sqlite:///{database}")
-    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(500)]))
-    store.close()
+    """After many changes another thread empties the log on a connection of its own, not a request; closing waits for it."""
+    other = sqlite3.connect(database)  # so that closing does not empty it
+    connections.clear()
+    store, count = open_store(f"sqlite:///{database}"), 800 if size == 100 else 150
+    changes = [Change(record=make_record(number, data=bytes(size)), expected=0) for number in range(count)]
+    for start in range(0, count, at_once):
+        if at_once > 1:
+            assert all(store.save_many(changes[start : start + at_once]))
+        else:
+            store.save(changes[start].record, expected=0)
     threads = {thread for _, thread in connections}
     assert len(threads) == 2
+    store.close()
     assert threads & {thread.ident for thread in threading.enumerate()} <= {threading.get_ident()}
-    assert database.stat().st_size > 100_000
+    assert database.stat().st_size > count * size * 0.7
+    other.close()
+
+
+def test_sqlite_empties_its_log_again_and_again(database: Path) -> None:
+    """However much is saved while others read and write, the log does not grow without end."""
+    store, other = open_store(f"sqlite:///{database}"), open_store(f"sqlite:///{database}")
+    for start in range(0, 12_000, 600):
+        records = [make_record(number, user_id=None, data=bytes(1000)) for number in range(start, start + 600)]
+        assert all(store.save_many([Change(record=record, expected=0) for record in records]))
+        other.save(make_record(20_000 + start), expected=0)
+    store.close()
+    assert Path(f"{database}-wal").stat().st_size < database.stat().st_size < 40_000_000
+    other.close()
+
+
+def test_sqlite_writers_do_not_wait_for_a_long_reader(database: Path) -> None:
+    """The log cannot be emptied behind somebody who reads for long, as a backup does, and nobody waits until it can."""
+    store, done = open_store(f"sqlite:///{database}"), threading.Event()
+    store.save_many([Change(record=make_record(10_000 + number), expected=0) for number in range(600)])  # read in two pages
+
+    def save_on() -> None:
+        other = open_store(f"sqlite:///{database}?timeout=1")
+        for number in itertools.count(20_000):
+            other.save(make_record(number), expected=0)
+            if done.wait(0.001):
+                break
+        other.close()
+
+    with closing(store.snapshot()) as reading, ThreadPoolExecutor(1) as pool:
+        next(reading)
+        saving = pool.submit(save_on)
+        for start in range(0, 6000, 600):
+            records = [make_record(number, user_id=None, data=bytes(3000)) for number in range(start, start + 600)]
+            assert all(store.save_many([Change(record=record, expected=0) for record in records]))
+        store.close()
+        done.set()
+        saving.result(DEADLINE)
+
+
+def test_sqlite_saves_while_the_interpreter_ends(database: Path) -> None:
+    """Where no thread can be started any more, the log is left to the commits."""
+    script = (
+        "import atexit, sys\n"
+        "from flask_persist_session import Change, open_store\n"
+        "from flask_persist_session.testing import make_record\n"
+        "store = open_store(sys.argv[1])\n"
+        "def save():\n"
+        "    for number in range(900):\n"
+        "        store.save(make_record(number), expected=0)\n"
+        "    store.close()\n"
+        "atexit.register(save)\n"
+    )
+    command = [sys.executable, "-c", script, f"sqlite:///{database}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "")
+    store = open_store(f"sqlite:///{database}")
+    assert store.count(SessionQuery()) == 900
+    store.close()
 
 
 @pytest.mark.usefixtures("open_umask")

@@ -97,8 +97,6 @@ class SessionStore(ABC):
     atomic: bool = True
     #: Seconds for which what has expired is there at least, where a store removes records by itself; set before it is used.
     margin: float = 7 * 86400.0
-    #: Whether it is kept by a server, for whose answers ``save_many`` mostly waits, so that other threads can compute.
-    remote: bool = False
 
     @abstractmethod
     def get(self, session_id: str) -> SessionRecord | None:

@@ -70,7 +70,6 @@ class CachedStore(SessionStore):
         check_namespace(namespace)
         self.store = store
         self.atomic = store.atomic
-        self.remote = store.remote
         self._cache = cache
         self._ttl = int(ttl)
         self._namespace = namespace

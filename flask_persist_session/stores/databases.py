@@ -6,13 +6,16 @@ MySQL has a module of its own. Every thread has a connection of its own, which i
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote
 
@@ -36,14 +39,17 @@ inherited: list[object] = []
 translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 
-#: Seconds between two transactions in turn, of which the second takes the first's commit.
-_LEAST_FOR_OTHERS = 0.008
-#: Seconds from one transaction of many changes to the next at least. Whoever waits for the lock looks after 1, 3, 8, 18 and
-#: 33 ms: many short gaps would be missed more often than one that is about as long as it waits between looks. The log is
-#: emptied besides, which adds some milliseconds.
-_FREE_BETWEEN_MANY = 0.012
+#: Seconds for which whoever waits for SQLite's lock sleeps before each look at it, and after which that look comes; nobody
+#: is told that the lock is free.
+_SLEEPS = (0.001, 0.002, 0.005, 0.010, 0.015, 0.020, 0.025)
+_LOOKS = tuple(accumulate(_SLEEPS))
+#: Seconds by which somebody is told late or wakes up late, and those between two transactions of many changes at least.
+_LATE, _LEAST_FOR_OTHERS = 0.002, 0.008
 #: Seconds that nobody waits for.
 _LONG = 86400.0
+#: Rows that one statement inserts: databases take 32,766 values or more in one, older releases of SQLite 999.
+_MANY_ROWS = 1000
+_FEW_ROWS = 80
 #: So often a transaction gives way to others before that is an error.
 _WAYS_GIVEN = 5
 
@@ -95,6 +101,8 @@ class PerThread(pw.Database):
     row_lock = ""
     #: What makes the table of the histories of a namespace.
     history_tables: tuple[str, ...]
+    #: How many rows one statement inserts at most.
+    rows_at_once = 1
     #: Words of errors that do not pass by themselves.
     lasting = ("full", "no such", "readonly", "does not exist", "malformed", "not a database", "permission")
 
@@ -142,15 +150,12 @@ class PerThread(pw.Database):
     def take_time(self) -> None:
         """Let statements take as long as they take; to be called before it is connected."""
 
-    def give_way(self) -> None:
-        """Wait, before a transaction of many changes is prepared, until others had their turn."""
-
     def of_many(self) -> AbstractContextManager[Any]:
         """A transaction of so many changes that what follows from them is not to be left to the next request."""
         return self.atomic()
 
     def settle(self) -> None:
-        """Return once nothing goes on any more that such a transaction left to do. Raises what went wrong with it."""
+        """Return once nothing goes on any more that a transaction left to do."""
 
     @contextmanager
     def streaming(self, statement: str) -> Iterator[Any]:
@@ -167,12 +172,17 @@ class PerThread(pw.Database):
 
 
 _INDEX_OF_KEYS = 'CREATE INDEX IF NOT EXISTS "{index}" ON "{table}" (session_id, "key") WHERE "key" IS NOT NULL'
-#: How many pages the log of a SQLite database may have before writers are held up for a moment to empty it.
-_LONGEST_LOG = 4000
 #: KiB that a connection keeps in memory once it made many changes: they are all over the indexes.
 _CACHE_OF_MANY = 12_000
-#: How many pages the log has when commits begin to empty it; SQLite's own default.
-_LOG_LEFT_TO_COMMITS = 1000
+#: How many pages of the log of a SQLite database a change writes beside its data, about: of its row and its indexes.
+_PAGES_OF_A_CHANGE, _PAGE_SIZE = 4, 4096
+#: After so many pages, counted like this, the log is emptied.
+_PAGES_TO_EMPTY = 3000
+#: How many pages it may have before writers are held up for a moment to empty it, and for how many milliseconds somebody
+#: tries to: whoever reads for long keeps the log from being emptied.
+_LONGEST_LOG, _TO_EMPTY_IT = 5000, 5
+#: How many pages it has when a commit empties it itself; by default 1000 pages, for which a request would wait.
+_LOG_LEFT_TO_COMMITS = 8000
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
@@ -185,62 +195,92 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         """CREATE TRIGGER IF NOT EXISTS "{table}_end" AFTER DELETE ON "{sessions}"
         BEGIN DELETE FROM "{table}" WHERE session_id = OLD.id; END""",
     )
+    rows_at_once = _MANY_ROWS if sqlite3.sqlite_version_info >= (3, 32) else _FEW_ROWS
     _others_until = 0.0
+    _pages = 0
     _emptying: Future[None] | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._guard = threading.Lock()
+        super().__init__(*arguments, **options)
+
+    def execute_sql(self, sql: str, params: Sequence[Any] | None = None) -> Any:
+        cursor = self._run(sql, params)
+        if cursor.rowcount > 0:
+            data = sum(len(value) for value in params or () if type(value) is bytes)
+            self._pages += cursor.rowcount * _PAGES_OF_A_CHANGE + data // _PAGE_SIZE
+            if self._pages > _PAGES_TO_EMPTY and not self.in_transaction():
+                self._empty_log_beside()
+        return cursor
+
+    def commit(self) -> Any:
+        committed = super().commit()
+        if self._pages > _PAGES_TO_EMPTY:
+            self._empty_log_beside()
+        return committed
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        # Nobody is told that the lock is free: whoever waits for it looks again after 1, 2, 5, 10, 15, 20 … ms. Who
-        # takes it again at once would keep them out for long; so it stays free for as long as it was held, and at least
-        # until the third look.
-        self.give_way()
+        self._give_way()
         with self.atomic():
             start = time.monotonic()
             yield
-            # Before the commit: most of what that takes is the checkpoint, during which others may write.
-            now = time.monotonic()
-            self._others_until = now + max(_LEAST_FOR_OTHERS, now - start)
+        self._let_others(start)
 
     def rollback(self) -> None:
         # On a full disk SQLite rolls back by itself; to do so again is an error, which would hide the first one.
         if self.connection().in_transaction:  # type: ignore[no-untyped-call]
             super().rollback()
 
-    def give_way(self) -> None:
+    def _give_way(self) -> None:
         time.sleep(max(0.0, self._others_until - time.monotonic()))
+
+    def _let_others(self, start: float) -> None:
+        """Keep the lock, which was taken at *start*, free for so long that whoever waits for it looks meanwhile."""
+        now = time.monotonic()
+        asleep = _SLEEPS[min(bisect_left(_LOOKS, now - start + _LATE), len(_SLEEPS) - 1)]
+        self._others_until = now + max(_LEAST_FOR_OTHERS, asleep + _LATE)
 
     @contextmanager
     def of_many(self) -> Iterator[None]:
         self.settle()
-        # Otherwise whoever commits into a long log copies what is in it, and waits for the disk to have it.
-        run: Any = self.execute_sql
-        run("PRAGMA wal_autocheckpoint = 0")
-        run(f"PRAGMA cache_size = -{_CACHE_OF_MANY}")
-        try:
-            with self.atomic():
-                yield
-        finally:
-            self._others_until = time.monotonic() + _FREE_BETWEEN_MANY
-            run(f"PRAGMA wal_autocheckpoint = {_LOG_LEFT_TO_COMMITS}")
-        # On a connection of its own, while the next changes are prepared: it waits for the disk several times. Thread and
-        # connection end with it, so that nothing is left that a fork could inherit.
-        thread = ThreadPoolExecutor(1, "session-log")
-        self._emptying = thread.submit(self._empty_log)
-        thread.shutdown(wait=False)
+        self._run(f"PRAGMA cache_size = -{_CACHE_OF_MANY}")
+        with self.in_turn():
+            yield
 
     def settle(self) -> None:
-        emptying, self._emptying = self._emptying, None
+        emptying = self._emptying
         if emptying is not None:
             emptying.result()
 
+    # What is committed is in the log first. Whoever commits into a long one copies what is in it, and waits for the disk
+    # to have it, some 25 ms for 1000 pages. Here another thread does, so that no request has to.
+
+    def _empty_log_beside(self) -> None:
+        with self._guard:
+            if self._emptying is not None and not self._emptying.done():
+                return
+            self._pages = 0
+            # Thread and connection end with it, so that nothing is left that a fork could inherit.
+            thread = ThreadPoolExecutor(1, "session-log")
+            with suppress(RuntimeError):  # the interpreter ends, or there are too many threads: a commit does it
+                self._emptying = thread.submit(self._empty_log)
+            thread.shutdown(wait=False)
+
     def _empty_log(self) -> None:
-        # While others write all the time, a log that they can add to is never empty, and grows without end: each page
-        # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
-        run: Any = self.execute_sql
-        _, pages, _ = run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if pages > _LONGEST_LOG:
-            run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            run("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        with suppress(pw.PeeweeException):  # nothing is lost: what is wrong with the disk is told to the next that commits
+            # While others write all the time, a log that they can add to is never empty, and grows without end: each page
+            # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
+            _, pages, _ = self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages > _LONGEST_LOG:
+                self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._run(f"PRAGMA busy_timeout = {_TO_EMPTY_IT}")
+                start = time.monotonic()
+                self._run("PRAGMA wal_checkpoint(RESTART)").fetchone()
+                self._let_others(start)
+
+    def _run(self, sql: str, params: Sequence[Any] | None = None) -> Any:
+        return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> Any:
         connection: Any = super()._connect()
@@ -275,6 +315,7 @@ class _PostgreSQL(PerThread, pw.PostgresqlDatabase):
     field_types = pw.PostgresqlDatabase.field_types | {"NAME": "TEXT"}
     psycopg3_adapter = _Adapter
     row_lock = " FOR NO KEY UPDATE"
+    rows_at_once = _MANY_ROWS
     history_tables = (
         f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})",
         """CREATE TABLE IF NOT EXISTS "{table}" (session_id TEXT NOT NULL REFERENCES "{sessions}" (id) ON DELETE CASCADE,
@@ -312,7 +353,11 @@ def open_sqlite(location: Location) -> tuple[str, Connect, float]:
     options |= location.read_options(timeout=seconds, synchronous=_synchronous)
     path = location.path(name)
     _check_file(path)
-    pragmas = {"journal_mode": "wal", "synchronous": options["synchronous"]}
+    pragmas = {
+        "journal_mode": "wal",
+        "synchronous": options["synchronous"],
+        "wal_autocheckpoint": _LOG_LEFT_TO_COMMITS,
+    }
 
     def connect() -> PerThread:
         # The closing of a connection may happen in another thread; each is used by its own alone.

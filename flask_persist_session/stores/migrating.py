@@ -31,7 +31,6 @@ class MigratingStore(SessionStore):
         self.store = store
         self.old = old
         self.atomic = store.atomic and old.atomic
-        self.remote = store.remote
 
     @property
     def margin(self) -> float:

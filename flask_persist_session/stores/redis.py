@@ -134,8 +134,6 @@ class RedisStore(SessionStore):
     :param name: what messages call the server.
     """
 
-    remote = True
-
     def __init__(
         self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
     ) -> None:

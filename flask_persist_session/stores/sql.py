@@ -6,14 +6,15 @@ once. The store has connections of its own, one per thread, and never touches on
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import peewee as pw
@@ -91,6 +92,10 @@ class _WrongSchema(StoreError):
     """The table is that of another release."""
 
 
+class _SomeAreThere(Exception):
+    """Of rows that were to be inserted together."""
+
+
 class SQLStore(SessionStore):
     """Keeps records as rows of a table.
 
@@ -121,7 +126,6 @@ class SQLStore(SessionStore):
         before_fork(self._close_idle)
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
-        self.remote = not of_sqlite
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
@@ -244,19 +248,34 @@ class SQLStore(SessionStore):
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         for change in changes:
             check_save(change.record, change.expected)
-        outcomes = [False] * len(changes)
-        many = len(changes) >= _MANY
+        outcomes, order, many = [False] * len(changes), _in_order(changes), len(changes) >= _MANY
         with self._using() as database:
-            if many:
-                database.give_way()
             # Built before the transaction, for which others may have to wait.
-            statements = [(n, self._statement(changes[n].record, changes[n].expected)) for n in _in_order(changes)]
-            with database.of_many() if many else database.atomic(), translated:
-                cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
-                for number, statement in statements:
-                    cursor.execute(*statement)
-                    outcomes[number] = bool(cursor.rowcount)
+            statements = [self._statement(changes[n].record, changes[n].expected) for n in order]
+            if many and not any(change.expected for change in changes):
+                all_or_none = self._insert_together(database, [values for _, values in statements])
+                if all_or_none is not None:
+                    return [all_or_none] * len(changes)
+            run: Any = database.execute_sql
+            with database.of_many() if many else database.atomic():
+                for number, statement in zip(order, statements, strict=True):
+                    outcomes[number] = bool(run(*statement).rowcount)
         return outcomes
+
+    def _insert_together(self, database: PerThread, rows: list[tuple[Any, ...]]) -> bool | None:
+        """Insert rows with few statements; says whether they were, all or none. ``None`` if some were there: then none is.
+
+        After every single statement the driver waits for the interpreter, in which other threads compute, for 5 ms each.
+        """
+        parts = [rows[start : start + database.rows_at_once] for start in range(0, len(rows), database.rows_at_once)]
+        statements = [(self._insert.of_rows(len(part)), tuple(chain.from_iterable(part))) for part in parts]
+        with suppress(_SomeAreThere), database.of_many():
+            run: Any = database.execute_sql
+            inserted = sum(run(*statement).rowcount for statement in statements)
+            if 0 < inserted < len(rows):
+                raise _SomeAreThere
+            return bool(inserted)
+        return None
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         outcomes, order = [False] * len(deletions), _in_order(deletions)
@@ -643,6 +662,11 @@ class _Statement:
 
     def __call__(self, values: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
         return self._sql, tuple([values[name] for name in self._order])
+
+    def of_rows(self, number: int) -> str:
+        """The SQL that does for so many rows what this one does for one, whose values stand in parentheses."""
+        before, row, after = re.split(r"(\((?:%s|\?)(?:, (?:%s|\?))*\))", self._sql)
+        return before + ", ".join([row] * number) + after
 
 
 def _values(record: SessionRecord, expected: int) -> dict[str, Any]:

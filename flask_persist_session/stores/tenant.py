@@ -21,7 +21,6 @@ class TenantStore(SessionStore):
         self._store = store
         self._tenant_id = tenant_id
         self.atomic = store.atomic
-        self.remote = store.remote
 
     def get(self, session_id: str) -> SessionRecord | None:
         record = self._store.get(session_id)
