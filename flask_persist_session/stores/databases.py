@@ -181,6 +181,8 @@ _PAGES_TO_EMPTY = 3000
 #: How many pages it may have before writers are held up for a moment to empty it, and for how many milliseconds somebody
 #: tries to: whoever reads for long keeps the log from being emptied.
 _LONGEST_LOG, _TO_EMPTY_IT = 5000, 5
+#: So often what was added meanwhile is copied before.
+_SHORT_COPIES = 4
 #: How many pages it has when a commit empties it itself; by default 1000 pages, for which a request would wait.
 _LOG_LEFT_TO_COMMITS = 8000
 
@@ -269,15 +271,22 @@ class _SQLite(PerThread, pw.SqliteDatabase):
 
     def _empty_log(self) -> None:
         with suppress(pw.PeeweeException):  # nothing is lost: what is wrong with the disk is told to the next that commits
-            # While others write all the time, a log that they can add to is never empty, and grows without end: each page
-            # then takes longer to find. Most of it is copied without a lock, so that only the rest holds others up.
-            _, pages, _ = self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            pages = self._copy_log()
             if pages > _LONGEST_LOG:
-                self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                # While others write all the time, a log that they can add to is never empty, and grows without end: each
+                # page then takes longer to find. For the last of it they are held up, and it must be little: the disk has
+                # the rest once nobody has written while it was copied, and short copies are such sooner or later.
+                for _ in range(_SHORT_COPIES):
+                    self._copy_log()
                 self._run(f"PRAGMA busy_timeout = {_TO_EMPTY_IT}")
                 start = time.monotonic()
                 self._run("PRAGMA wal_checkpoint(RESTART)").fetchone()
                 self._let_others(start)
+
+    def _copy_log(self) -> int:
+        """Copy what is in the log into the database, without a lock; returns how many pages the log has."""
+        _, pages, _ = self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return int(pages)
 
     def _run(self, sql: str, params: Sequence[Any] | None = None) -> Any:
         return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
