@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flask_persist_session import (
+    ConfigError,
     SessionConflict,
     SessionNotFound,
     SessionQuery,
@@ -277,6 +278,28 @@ def test_a_server_that_hangs_is_waited_for_once(
         assert made == []
 
 
+@pytest.mark.parametrize("do", ["get", "save"])
+def test_a_server_that_hangs_is_waited_for_once_after_a_pause(
+    do: str, url: str, mysql_server: MySQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that was idle is tried first; where that gets no answer in time, no other one is made."""
+    uses = {"get": lambda: store.get(make_record().id), "save": lambda: store.save(make_record(1), expected=0)}
+    with closing(open_store(f"{url}&timeout=0.3")) as store:
+        store.save(make_record(), expected=0)
+        made: list[Any] = []
+        connect = store._database._connect  # type: ignore[attr-defined]
+        monkeypatch.setattr(store._database, "_connect", lambda: made.append(1) or connect())  # type: ignore[attr-defined]
+        monkeypatch.setattr(mysql, "_IDLE", -1.0)
+        mysql_server.pause()
+        try:
+            with pytest.raises(StoreUnavailable, match="timed out"):
+                uses[do]()
+        finally:
+            mysql_server.resume()
+        assert made == []
+        store.save(make_record(2), expected=0)
+
+
 def test_a_statement_of_too_many_bytes_is_told(url: str, store: SessionStore, mysql_server: MySQLServer) -> None:
     """A session that is larger than the server takes is an error that says what to do, and the connection stays."""
     [(before,)] = run(url, "SELECT @@GLOBAL.max_allowed_packet")
@@ -429,6 +452,14 @@ def test_a_server_without_a_certificate_cannot_be_required_to_have_one(url: str)
     store = open_store(f"{url}&ssl_mode=required")
     with pytest.raises(StoreError, match="SSL"):
         store.get(make_record().id)
+
+
+@pytest.mark.parametrize("option", ["ssl_ca", "socket"])
+def test_an_option_without_a_path_is_refused(option: str) -> None:
+    """One that is empty, by a variable that is not set, would be a connection that is less secure than it looks."""
+    with pytest.raises(ConfigError, match=option) as caught:
+        open_store(f"mysql://ada:geheim@localhost/sessions?{option}=")
+    assert "geheim" not in str(caught.value)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ _PASSING: frozenset[int] = frozenset({
     3024,  # MySQL: max_execution_time
     4031,  # MySQL: nobody used the connection for long
 })  # fmt: skip
+#: What PyMySQL says of a connection that it gave up because no answer came in time.
+_TIMED_OUT = "(timed out)"
 #: Seconds after which a connection that nobody used is tried first: servers, and what is between, close such ones.
 _IDLE = 30.0
 #: Seconds for which the server itself waits for the next statement.
@@ -147,7 +149,7 @@ class _MySQL(PerThread, _PyMySQL):
         return isinstance(error, pw.InterfaceError) or _number_of(error) in _PASSING
 
     def timed_out(self, error: pw.PeeweeException) -> bool:
-        return "(timed out)" in str(error)
+        return _TIMED_OUT in str(error)
 
     def gave_way(self, error: pw.PeeweeException) -> bool:
         return bool(_number_of(error) == ER.LOCK_DEADLOCK)
@@ -174,8 +176,12 @@ class _MySQL(PerThread, _PyMySQL):
         return super().cursor(named_cursor)  # type: ignore[no-untyped-call]
 
     def _close_if_lost(self) -> None:
-        if not self.is_connection_usable():
+        try:
+            self._current().ping(reconnect=False)
+        except pymysql.err.Error as error:
             self.close()
+            if _TIMED_OUT in str(error):  # a new connection would be waited for as long once more
+                raise
 
     def is_connection_usable(self) -> bool:
         connection = self._current()
@@ -225,7 +231,7 @@ def open_mysql(location: Location) -> tuple[str, Connect, float]:
     url, name = location.url, unquote(location.url.path.removeprefix("/"))
     if not name or not url.path.startswith("/"):
         raise ConfigError(f"{location} names no database; write {url.scheme}://user:password@host:port/name")
-    options = location.read_options(timeout=seconds, socket=str, ssl_mode=_ssl_mode, ssl_ca=str)
+    options = location.read_options(timeout=seconds, socket=_path, ssl_mode=_ssl_mode, ssl_ca=_path)
     wait = float(options.get("timeout", 5.0))
     parameters = {
         "host": url.hostname,
@@ -262,6 +268,13 @@ def _settings(wait: float) -> str:
 def _longest_statement(wait: float) -> str:
     """The seconds that the server takes for a statement, 0 for no limit; in comments that one of them reads alone."""
     return f"/*M! , max_statement_time = {wait} *//*!80000 , max_execution_time = {round(wait * 1000)} */"
+
+
+def _path(text: str) -> str:
+    # Such as of a variable that is not set: a connection would be less secure than whoever wrote the option meant it to be.
+    if not text:
+        raise ValueError("it names no path")
+    return text
 
 
 def _ssl_mode(text: str) -> str:
