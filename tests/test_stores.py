@@ -40,6 +40,7 @@ from flask_persist_session import (
     open_store,
 )
 from flask_persist_session.serializers import pack_record
+from flask_persist_session.stores import databases
 from flask_persist_session.stores.base import add_up
 from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
@@ -433,6 +434,50 @@ def test_sqlite_saves_while_the_interpreter_ends(database: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     store = open_store(f"sqlite:///{database}")
     assert store.count(SessionQuery()) == 900
+    store.close()
+
+
+def test_sqlite_histories_have_their_log_copied_beside_too(database: Path, connections: list[tuple[int, int]]) -> None:
+    """What is appended counts like what is saved, so that no request has to copy all of it."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    connections.clear()
+    for number in range(200):
+        store.history.append(make_record().id, [bytes(100_000)], created_at=float(number))
+    assert {thread for _, thread in connections} - {threading.get_ident()}
+    store.close()
+
+
+def test_sqlite_is_closed_once_closing_returns(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that empties the log is closed as well then, however long its thread takes to end."""
+    ends, forget = threading.Event(), databases._Closer.__del__
+
+    def forget_late(closer: databases._Closer) -> None:
+        ends.wait(DEADLINE)
+        forget(closer)
+
+    store = open_store(f"sqlite:///{database}")
+    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(900)]))
+    monkeypatch.setattr(databases._Closer, "__del__", forget_late)
+    try:
+        store.close()
+        assert os.listdir(database.parent) == [database.name]
+    finally:
+        ends.set()
+
+
+def test_a_fork_in_a_transaction_waits_until_the_log_is_emptied(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child would inherit the connection of a thread that it does not have, and the locks of SQLite itself."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    settled: list[int] = []
+    monkeypatch.setattr(store._database, "settle", lambda: settled.append(os.getpid()))
+    with store._database.atomic():
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert settled == [os.getpid()]
     store.close()
 
 

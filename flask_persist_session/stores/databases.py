@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -154,6 +154,9 @@ class PerThread(pw.Database):
         """A transaction of so many changes that what follows from them is not to be left to the next request."""
         return self.atomic()
 
+    def count_written(self, rows: int, values: Iterable[Any]) -> None:
+        """Told of rows, and of the values in them, that a transaction writes without ``execute_sql``."""
+
     def settle(self) -> None:
         """Return once nothing goes on any more that a transaction left to do."""
 
@@ -209,11 +212,14 @@ class _SQLite(PerThread, pw.SqliteDatabase):
     def execute_sql(self, sql: str, params: Sequence[Any] | None = None) -> Any:
         cursor = self._run(sql, params)
         if cursor.rowcount > 0:
-            data = sum(len(value) for value in params or () if type(value) is bytes)
-            self._pages += cursor.rowcount * _PAGES_OF_A_CHANGE + data // _PAGE_SIZE
+            self.count_written(cursor.rowcount, params or ())
             if self._pages > _PAGES_TO_EMPTY and not self.in_transaction():
                 self._empty_log_beside()
         return cursor
+
+    def count_written(self, rows: int, values: Iterable[Any]) -> None:
+        data = sum(len(value) for value in values if type(value) is bytes)
+        self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + data // _PAGE_SIZE
 
     def commit(self) -> Any:
         committed = super().commit()
@@ -271,17 +277,24 @@ class _SQLite(PerThread, pw.SqliteDatabase):
 
     def _empty_log(self) -> None:
         with suppress(pw.PeeweeException):  # nothing is lost: what is wrong with the disk is told to the next that commits
-            pages = self._copy_log()
-            if pages > _LONGEST_LOG:
-                # While others write all the time, a log that they can add to is never empty, and grows without end: each
-                # page then takes longer to find. For the last of it they are held up, and it must be little: the disk has
-                # the rest once nobody has written while it was copied, and short copies are such sooner or later.
-                for _ in range(_SHORT_COPIES):
-                    self._copy_log()
-                self._run(f"PRAGMA busy_timeout = {_TO_EMPTY_IT}")
-                start = time.monotonic()
-                self._run("PRAGMA wal_checkpoint(RESTART)").fetchone()
-                self._let_others(start)
+            try:
+                self._empty_log_here()
+            finally:
+                # The thread would do so at its end, which comes after whoever waits was told: a fork would come between.
+                self.close()
+
+    def _empty_log_here(self) -> None:
+        pages = self._copy_log()
+        if pages > _LONGEST_LOG:
+            # While others write all the time, a log that they can add to is never empty, and grows without end: each page
+            # then takes longer to find. For the last of it they are held up, and it must be little: the disk has the rest
+            # once nobody has written while it was copied, and short copies are such sooner or later.
+            for _ in range(_SHORT_COPIES):
+                self._copy_log()
+            self._run(f"PRAGMA busy_timeout = {_TO_EMPTY_IT}")
+            start = time.monotonic()
+            self._run("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            self._let_others(start)
 
     def _copy_log(self) -> int:
         """Copy what is in the log into the database, without a lock; returns how many pages the log has."""

@@ -503,7 +503,8 @@ class SQLStore(SessionStore):
     def _close_idle(self) -> None:
         # SQLite takes its locks for the process that it knows, so a child that inherits its tables believes to hold
         # what the parent holds: then somebody may remove the log that the child goes on writing to. Threads other than
-        # the forking one keep theirs; fork before starting threads.
+        # the forking one keep theirs; fork before starting threads. The one that empties a log is none of the application.
+        self._database.settle()
         if not self._database.in_transaction():
             self._close()
 

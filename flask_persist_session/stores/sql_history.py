@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 from ..records import LogEntry, is_session_id
@@ -216,13 +217,16 @@ class _Run:
 
     def __init__(self, database: PerThread, statements: dict[str, str]) -> None:
         self._cursor: Any = database.cursor()  # type: ignore[no-untyped-call]
+        self._written = database.count_written
         self._statements = statements
 
     def __call__(self, name: str, *values: Any) -> Any:
         self._cursor.execute(self._statements[name], values)
+        self._written(self._cursor.rowcount, ())
         return self._cursor
 
     def many(self, rows: list[tuple[Any, ...]]) -> None:
         """Insert entries."""
         if rows:
             self._cursor.executemany(self._statements["insert"], rows)
+            self._written(len(rows), chain.from_iterable(rows))
