@@ -110,6 +110,20 @@ def test_an_insert_takes_no_existing_session(store: SessionStore) -> None:
     assert store.get(record.id) == record
 
 
+def test_of_many_new_sessions_each_is_inserted_once(store: SessionStore) -> None:
+    """Where one statement inserts one row, it is not tried before whether there is none of them."""
+    store.save(make_record(), expected=0)
+    before = inserts(store)
+    outcomes = store.save_many([Change(record=make_record(number), expected=0) for number in range(150)])
+    assert outcomes == [False] + [True] * 149
+    assert inserts(store) == before + 150
+
+
+def inserts(store: SessionStore) -> int:
+    database = store._database  # type: ignore[attr-defined]
+    return int(database.execute_sql("SHOW SESSION STATUS LIKE 'Com_insert'").fetchone()[1])
+
+
 def test_nothing_is_cut_to_fit(url: str, store: SessionStore) -> None:
     """Where a column has become too short, storing is an error, whatever the server's own settings are."""
     run(url, "SET GLOBAL sql_mode = ''")

@@ -252,7 +252,7 @@ class SQLStore(SessionStore):
         with self._using() as database:
             # Built before the transaction, for which others may have to wait.
             statements = [self._statement(changes[n].record, changes[n].expected) for n in order]
-            if many and not any(change.expected for change in changes):
+            if many and database.rows_at_once > 1 and not any(change.expected for change in changes):
                 all_or_none = self._insert_together(database, [values for _, values in statements])
                 if all_or_none is not None:
                     return [all_or_none] * len(changes)
