@@ -661,6 +661,7 @@ WRONG_URLS = {
     "PostgreSQL without a database": "postgresql://localhost",
     "PostgreSQL with a port that is no number": "postgresql://localhost:port/sessions",
     "Redis with a port that is no number": "redis://localhost:port/0",
+    "a host that cannot be one": "mysql://db..example.com/sessions",
     "Redis with a port out of range": "redis://localhost:123456/0",
     "Redis with no connections": "redis://localhost/0?max_connections=-1",
     "brackets that do not close": "redis://[::1/0",

@@ -117,10 +117,19 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
         hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
         known = ", ".join(f"{scheme}:" for scheme in schemes)
         raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; {hint} are {known}")
+    _check_host(parts)
     options = dict(given)
     if len(options) < len(given):
         raise ConfigError(f"the store URL {redacted(parts)!r} has an option twice")
     return Location(parts._replace(query=""), options, base_path)
+
+
+def _check_host(url: SplitResult) -> None:
+    try:
+        for host in (url.hostname or "").split(","):
+            host.encode("idna")  # as connecting does, with an error that is none of a driver
+    except UnicodeError:
+        raise ConfigError(f"the store URL {redacted(url)!r} names a host that cannot be one") from None
 
 
 def servers_in(url: SplitResult, default_port: int) -> list[tuple[str, int]]:
