@@ -166,15 +166,26 @@ def _check_single(location: Location) -> None:
 
 def _single(location: Location, options: dict[str, Any]) -> Clients:
     def connect() -> redis.Redis:
-        return redis.Redis.from_url(
-            _url(location.url),
-            # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            single_connection_client=True,
-            **options,
-        )
+        return _Single.from_url(_url(location.url), retry=Retry(NoBackoff(), 0), single_connection_client=True, **options)
 
     return ClientPerThread(connect)
+
+
+class _Single(redis.Redis):
+    """Looks whether its connection is still there before it sends a command, as pools do.
+
+    To send it once more if not would do twice what was done the first time, where only the answer was lost.
+    """
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        connection: Any = self.connection
+        if connection is not None:
+            connection.connect()  # unless it is
+            try:
+                connection.can_read()
+            except redis.ConnectionError:
+                connection.disconnect()
+        return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
 
 def _url(url: SplitResult) -> str:
