@@ -266,6 +266,26 @@ def test_a_slot_that_has_moved_in_part(
         assert all(_is_done(change) for number, change in changes.items() if number not in done)
 
 
+@pytest.mark.parametrize("first", [b"nothing", b":s:", b":expiry", b":facts", b":u:"])
+def test_a_transaction_while_a_slot_moves(redis_cluster: RedisCluster, store: SessionStore, first: bytes) -> None:
+    """While a node has some of the keys of a shard, a transaction is done or unavailable, and none is done in part."""
+    kept, gone, new = (make_record(number, user_id="bob") for number in range(3))
+    store.save_many([Change(record=record, expected=0) for record in (kept, gone)])
+    changes = [Change(record=following(kept), expected=1), Deletion(id=gone.id), Change(record=new, expected=0)]
+    before, after = [kept, gone, None], [following(kept), None, new]
+    with moving(redis_cluster, kept) as move:
+        move.take(first)
+        for some in (changes[:2], changes[::2], changes):
+            with pytest.raises(StoreUnavailable):
+                store.transaction(some)
+        move.finish()
+        assert [store.get(record.id) for record in (kept, gone, new)] == before
+        assert list(store.check(repair=False)) == []
+        store.transaction(changes)
+        assert [store.get(record.id) for record in (kept, gone, new)] == after
+    assert list(store.check(repair=False)) == []
+
+
 def _is_done(change: Callable[[], object]) -> bool:
     """Whether a change is done; any error but that the store is unavailable is one."""
     try:
