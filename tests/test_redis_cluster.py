@@ -429,6 +429,28 @@ def test_a_cluster_without_slots(tmp_path: Path) -> None:
         cluster.stop()
 
 
+def test_a_cluster_that_is_only_read(tmp_path: Path) -> None:
+    """A cluster that lacks slots and may be read all the same is unavailable to whoever changes something."""
+    cluster = RedisCluster(tmp_path, "--cluster-allow-reads-when-down", "yes", primaries=1)
+    try:
+        store = open_store(cluster.start().url)
+        store.save(RECORDS[0], expected=0)
+        with cluster.nodes[0].client() as client:
+            other = next(slot for slot in range(2) if slot != key_slot(RECORDS[0].id[:3].encode()))
+            client.execute_command("CLUSTER", "DELSLOTS", other)
+            wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "fail", "the cluster to notice")
+        for change in (
+            partial(store.save, following(RECORDS[0]), expected=1),
+            partial(store.save_many, [Change(record=following(RECORDS[0]), expected=1)]),
+        ):
+            with pytest.raises(StoreUnavailable):
+                change()
+        assert store.get(RECORDS[0].id) == RECORDS[0]
+        store.close()
+    finally:
+        cluster.stop()
+
+
 def test_passwords_of_a_cluster(tmp_path: Path) -> None:
     """User and password of the URL open all nodes; wrong ones are told without them."""
     cluster = RedisCluster(tmp_path, "--requirepass", "gehe:im/1@", primaries=1)
