@@ -865,6 +865,17 @@ def test_redis_closed_connections_are_not_noticed(client: redis.Redis, redis_sto
         assert call() == expected
 
 
+def test_redis_prefix_like_a_shard(redis_server: RedisServer, client: redis.Redis) -> None:
+    """A check is not misled by a prefix that looks like a shard, nor by a user who is called so."""
+    store = open_store(f"{redis_server.url}?prefix={{abc}}")
+    record = make_record(user_id="x:{abc}:u:expiry")
+    store.save(record, expected=0)
+    before = _index_members(client, record.id)
+    assert list(store.check(repair=True)) == []
+    assert _index_members(client, record.id) == before == 3
+    store.close()
+
+
 def test_redis_prefixes(redis_server: RedisServer, client: redis.Redis) -> None:
     """Two stores with different prefixes do not see each other, and every key starts with its prefix."""
     one, two = (open_store(f"{redis_server.url}?prefix={prefix}") for prefix in ("one", "two"))
