@@ -174,12 +174,23 @@ def _single(location: Location, options: dict[str, Any]) -> Clients:
 
 
 class _Single(redis.Redis):
-    """Looks whether its connection is still there before it sends a command, as pools do.
+    """Sends once what changes something, and what does not once more on a connection that the server closed meanwhile.
 
-    To send it once more if not would do twice what was done the first time, where only the answer was lost.
+    What was done the first time, and only its answer was lost, would be done twice. So before a script is sent, it looks
+    whether the connection is still there, as pools do; with each command that would cost some microseconds.
     """
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
+        execute: Any = super().execute_command
+        if args[0] in ("EVAL", "EVALSHA"):
+            self._leave_closed_connection()
+            return execute(*args, **options)
+        try:
+            return execute(*args, **options)
+        except redis.ConnectionError:  # not after a timeout, to bound the wait
+            return execute(*args, **options)
+
+    def _leave_closed_connection(self) -> None:
         connection: Any = self.connection
         if connection is not None:
             connection.connect()  # unless it is
@@ -187,7 +198,6 @@ class _Single(redis.Redis):
                 connection.can_read()
             except redis.ConnectionError:
                 connection.disconnect()
-        return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
 
 def _url(url: SplitResult) -> str:
