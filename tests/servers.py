@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -115,6 +116,35 @@ class RedisServer(OwnProcess):
     def client(self) -> redis.Redis:
         """A client for looking at and breaking what the store keeps."""
         return redis.Redis(port=self.port, password=self.password, socket_timeout=5)
+
+
+class Relay:
+    """Passes what it is told to a server, and back what that answers, but once not if *losing* is in what it was told."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.losing: bytes | None = None
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self._pass, args=self._listener.accept()[:1], daemon=True).start()
+
+    def _pass(self, here: socket.socket) -> None:
+        with here, socket.create_connection(("127.0.0.1", self._server_port)) as there:
+            while told := here.recv(2**20):
+                there.sendall(told)
+                answer = there.recv(2**20)
+                if self.losing is not None and self.losing in told:
+                    self.losing = None
+                    return
+                here.sendall(answer)
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 class RedisCluster:

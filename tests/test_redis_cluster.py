@@ -266,6 +266,26 @@ def test_a_slot_that_has_moved_in_part(
         assert all(_is_done(change) for number, change in changes.items() if number not in done)
 
 
+@pytest.mark.parametrize("first", [b"nothing", b":s:", b":expiry", b":facts", b":u:"])
+def test_a_transaction_while_a_slot_moves(redis_cluster: RedisCluster, store: SessionStore, first: bytes) -> None:
+    """While a node has some of the keys of a shard, a transaction is done or unavailable, and none is done in part."""
+    kept, gone, new = (make_record(number, user_id="bob") for number in range(3))
+    store.save_many([Change(record=record, expected=0) for record in (kept, gone)])
+    changes = [Change(record=following(kept), expected=1), Deletion(id=gone.id), Change(record=new, expected=0)]
+    before, after = [kept, gone, None], [following(kept), None, new]
+    with moving(redis_cluster, kept) as move:
+        move.take(first)
+        for some in (changes[:2], changes[::2], changes):
+            with pytest.raises(StoreUnavailable):
+                store.transaction(some)
+        move.finish()
+        assert [store.get(record.id) for record in (kept, gone, new)] == before
+        assert list(store.check(repair=False)) == []
+        store.transaction(changes)
+        assert [store.get(record.id) for record in (kept, gone, new)] == after
+    assert list(store.check(repair=False)) == []
+
+
 def _is_done(change: Callable[[], object]) -> bool:
     """Whether a change is done; any error but that the store is unavailable is one."""
     try:
@@ -342,6 +362,10 @@ def test_the_whole_extension(url: str, make_app: Callable[..., Flask], tmp_path:
         ("redis+cluster://user:geheim@one:7000,user:geheim@two:7000", "more than one @"),
         ("redis+cluster://user:geheim@one:7000?speed=1", "speed"),
         ("redis+clusters://user:geheim@one:7000", r"did you mean redis\+cluster"),
+        ("redis+cluster://user:geheim@one:7000,two..example:7001", "empty part"),
+        ("redis+sentinel://one..example:26379/sessions", "empty part"),
+        ("redis://user:geheim@one..example:6379/0", "empty part"),
+        (f"rediss://{64 * 'x'}", "63 letters"),
         ("redis+sentinel://one:26379", r"write redis\+sentinel://host:26379,other:26379/service/0"),
         ("redis+sentinel://one:26379/", "service"),
         ("redis+sentinel://one:26379/sessions/first", "service"),
@@ -405,6 +429,28 @@ def test_a_cluster_without_slots(tmp_path: Path) -> None:
                     with pytest.raises(StoreUnavailable):
                         asked()
                 opened.close()
+    finally:
+        cluster.stop()
+
+
+def test_a_cluster_that_is_only_read(tmp_path: Path) -> None:
+    """A cluster that lacks slots and may be read all the same is unavailable to whoever changes something."""
+    cluster = RedisCluster(tmp_path, "--cluster-allow-reads-when-down", "yes", primaries=1)
+    try:
+        store = open_store(cluster.start().url)
+        store.save(RECORDS[0], expected=0)
+        with cluster.nodes[0].client() as client:
+            other = next(slot for slot in range(2) if slot != key_slot(RECORDS[0].id[:3].encode()))
+            client.execute_command("CLUSTER", "DELSLOTS", other)
+            wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "fail", "the cluster to notice")
+        for change in (
+            partial(store.save, following(RECORDS[0]), expected=1),
+            partial(store.save_many, [Change(record=following(RECORDS[0]), expected=1)]),
+        ):
+            with pytest.raises(StoreUnavailable):
+                change()
+        assert store.get(RECORDS[0].id) == RECORDS[0]
+        store.close()
     finally:
         cluster.stop()
 

@@ -14,6 +14,7 @@ import pytest
 from flask_persist_session import (
     Change,
     SessionConflict,
+    SessionQuery,
     SessionRecord,
     SessionStore,
     StoreUnavailable,
@@ -219,4 +220,32 @@ def test_a_server_says_without_a_script_that_it_takes_no_writes(
             store.note("cleanup", 1.0)
         client.config_set("maxmemory", 0)
     store.note("cleanup", 1.0)
+    store.close()
+
+
+def test_a_primary_that_lacks_replicas(redis_server: RedisServer, new_url: Callable[[str], str]) -> None:
+    """A primary that takes no writes since its replicas are gone counts as unavailable, with a script and without."""
+    store = open_store(new_url("redis"))
+    with redis_server.client() as client:
+        client.config_set("min-replicas-to-write", 1)
+        for change in (partial(store.save, RECORDS[0], expected=0), partial(store.note, "cleanup", 1.0)):
+            with pytest.raises(StoreUnavailable):
+                change()
+        client.config_set("min-replicas-to-write", 0)
+    store.save(RECORDS[0], expected=0)
+    store.close()
+
+
+def test_a_server_that_gives_nothing_at_the_moment(redis_server: RedisServer, new_url: Callable[[str], str]) -> None:
+    """Sessions that a replica without its primary keeps to itself are not taken for damaged ones, which lists leave out."""
+    store = open_store(new_url("redis"))
+    store.save(RECORDS[0], expected=0)
+    with redis_server.client() as client:
+        client.config_set("replica-serve-stale-data", "no")
+        client.replicaof("127.0.0.1", str(free_port()))
+        with pytest.raises(StoreUnavailable):
+            list(store.find(SessionQuery(ids=frozenset({RECORDS[0].id}))))
+        client.replicaof("NO", "ONE")
+        client.config_set("replica-serve-stale-data", "yes")
+    assert list(store.find(SessionQuery(ids=frozenset({RECORDS[0].id})))) == [RECORDS[0]]
     store.close()

@@ -46,7 +46,7 @@ from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from flask_persist_session.tokens import SHARDS
 from tests.conftest import SHARED_STORES
-from tests.servers import DEADLINE, RedisServer, free_port
+from tests.servers import DEADLINE, RedisServer, Relay, free_port
 
 NewURL = Callable[[str], str]
 
@@ -873,6 +873,58 @@ def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> N
     for call, expected in calls:
         client.script_flush()
         assert call() == expected
+
+
+def test_redis_lost_answers(redis_server: RedisServer, new_url: NewURL) -> None:
+    """What was sent is not sent again if the connection breaks before the answer: it is done once, and unavailable."""
+    relay = Relay(redis_server.port)
+    url = new_url("redis")
+    store, watching = open_store(url.replace(f":{redis_server.port}", f":{relay.port}")), open_store(url)
+    record, other = make_record(1), make_record(2)
+    store.save(record, expected=0)
+    store.history.append(record.id, [b"first"], created_at=1.0)
+    store.save(following(record), expected=1)
+    changes: list[Callable[[], object]] = [
+        lambda: store.history.append(record.id, [b"second"], created_at=2.0),
+        lambda: store.save(following(following(record)), expected=2),
+        lambda: store.save_many([Change(record=other, expected=0)]),
+    ]
+    for change in changes:
+        relay.losing = b"EVAL"
+        with pytest.raises(StoreUnavailable):
+            change()
+    assert [entry.data for entry in watching.history.read(record.id)] == [b"first", b"second"]
+    assert [watching.get(found.id) for found in (record, other)] == [following(following(record)), other]
+    assert store.get(other.id) == other
+    for opened in (store, watching):
+        opened.close()
+    relay.close()
+
+
+def test_redis_closed_connections_are_not_noticed(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Connections that the server closed cost no error, whether one session is asked for or changed, or many."""
+    record = make_record()
+    calls: list[tuple[Callable[[], object], object]] = [
+        (lambda: redis_store.save(record, expected=0), None),
+        (lambda: redis_store.get(record.id), record),
+        (lambda: redis_store.save_many([Change(record=following(record), expected=1)]), [True]),
+        (lambda: list(redis_store.scan()), [following(record)]),
+        (lambda: redis_store.delete(record.id), True),
+    ]
+    for call, expected in calls:
+        client.client_kill_filter(_type="normal", skipme=True)
+        assert call() == expected
+
+
+def test_redis_prefix_like_a_shard(redis_server: RedisServer, client: redis.Redis) -> None:
+    """A check is not misled by a prefix that looks like a shard, nor by a user who is called so."""
+    store = open_store(f"{redis_server.url}?prefix={{abc}}")
+    record = make_record(user_id="x:{abc}:u:expiry")
+    store.save(record, expected=0)
+    before = _index_members(client, record.id)
+    assert list(store.check(repair=True)) == []
+    assert _index_members(client, record.id) == before == 3
+    store.close()
 
 
 def test_redis_prefixes(redis_server: RedisServer, client: redis.Redis) -> None:

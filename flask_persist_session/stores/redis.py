@@ -82,7 +82,10 @@ from .redis_upkeep import RedisCheck
 _SURE = SessionStore.margin // 2
 _PAGE = 200
 #: What a server answers, also from within a script, that may be otherwise soon.
-_PASSING = ("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "CLUSTERDOWN", "TRYAGAIN", "non local key")
+_PASSING = (
+    *("READONLY", "OOM ", "MISCONF", "LOADING", "BUSY ", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"),
+    *("non local key", "cluster is down"),
+)
 _PASSING_ERRORS = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.OutOfMemoryError,
@@ -155,7 +158,7 @@ class RedisStore(SessionStore):
         try:
             found = self._client.execute_command("HMGET", self._key(session_id), "record", "version")
         except redis.RedisError as error:
-            if str(error).startswith("WRONGTYPE"):
+            if _is_wrong_type(error):
                 raise SerializationError("the key does not hold a hash") from error
             raise self._failure(error) from error
         record = _record(found)
@@ -379,6 +382,7 @@ class RedisStore(SessionStore):
                 for session_id in page:
                     pipeline.hmget(self._key(session_id), "record", "version")
                 answers = pipeline.execute(raise_on_error=False)
+                _raise_all_but_wrong_types(answers)
             for session_id, found in zip(page, answers, strict=True):
                 if found == [None, None]:
                     if index_of is None:
@@ -452,7 +456,7 @@ class RedisStore(SessionStore):
         for (script, arguments), answer in zip(calls, answers, strict=True):
             if isinstance(answer, redis.exceptions.NoScriptError):  # the server has lost it
                 yield self._client.execute_command("EVAL", script.text, *arguments)
-            elif isinstance(answer, redis.RedisError) and not isinstance(answer, redis.ResponseError):
+            elif isinstance(answer, redis.RedisError) and (not isinstance(answer, redis.ResponseError) or _passes(answer)):
                 raise answer
             else:
                 yield answer
@@ -470,7 +474,7 @@ class RedisStore(SessionStore):
             return StoreUnavailable(f"{self._name} cannot be reached: {error}")
         if self._clients and (isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in str(error)):
             self._clients.renew()  # another is the primary now
-        if isinstance(error, _PASSING_ERRORS) or any(word in str(error) for word in _PASSING):
+        if _passes(error):
             return StoreUnavailable(f"{self._name} cannot serve at the moment: {error}")
         return StoreError(f"{self._name} failed: {error}")
 
@@ -506,6 +510,22 @@ class _Checked:
 
     def reindexing(self, record: SessionRecord) -> tuple[Any, ...]:
         return facts_of(record), _lifetime(record, self._store.margin)
+
+
+def _passes(error: redis.RedisError) -> bool:
+    """Whether the server may answer otherwise soon."""
+    return isinstance(error, _PASSING_ERRORS) or any(word in str(error) for word in _PASSING)
+
+
+def _raise_all_but_wrong_types(answers: Iterable[Any]) -> None:
+    """Raise what is wrong with the server: no session that it does not give now is damaged, or none, therefore."""
+    for answer in answers:
+        if isinstance(answer, redis.RedisError) and not _is_wrong_type(answer):
+            raise answer
+
+
+def _is_wrong_type(error: redis.RedisError) -> bool:
+    return str(error).startswith("WRONGTYPE")
 
 
 def _outcomes(answer: Any) -> list[bool]:

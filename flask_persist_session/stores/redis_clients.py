@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlunsplit
 
@@ -162,19 +162,42 @@ def _check_single(location: Location) -> None:
             raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
     elif not location.url.netloc or not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
         raise ConfigError(f"{location} does not fit; write {location.scheme}://host:6379/0, with the database's number")
+    else:
+        _check_names(location, [location.url.hostname or ""])
 
 
 def _single(location: Location, options: dict[str, Any]) -> Clients:
     def connect() -> redis.Redis:
-        return redis.Redis.from_url(
-            _url(location.url),
-            # Once more on a connection that the server closed meanwhile; not after a timeout, to bound the wait.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            single_connection_client=True,
-            **options,
-        )
+        return _Single.from_url(_url(location.url), retry=Retry(NoBackoff(), 0), single_connection_client=True, **options)
 
     return ClientPerThread(connect)
+
+
+class _Single(redis.Redis):
+    """Sends once what changes something, and what does not once more on a connection that the server closed meanwhile.
+
+    What was done the first time, and only its answer was lost, would be done twice. So before a script is sent, it looks
+    whether the connection is still there, as pools do; with each command that would cost some microseconds.
+    """
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        execute: Any = super().execute_command
+        if args[0] in ("EVAL", "EVALSHA"):
+            self._leave_closed_connection()
+            return execute(*args, **options)
+        try:
+            return execute(*args, **options)
+        except redis.ConnectionError:  # not after a timeout, to bound the wait
+            return execute(*args, **options)
+
+    def _leave_closed_connection(self) -> None:
+        connection: Any = self.connection
+        if connection is not None:
+            connection.connect()  # unless it is
+            try:
+                connection.can_read()
+            except redis.ConnectionError:
+                connection.disconnect()
 
 
 def _url(url: SplitResult) -> str:
@@ -272,8 +295,19 @@ def _check_servers(location: Location, example: str) -> None:
             f"{location} has more than one @ before its servers; write the user and the password once, before the first "
             "of them, and an @ in a password as %40"
         )
-    if not all(host for host, _ in servers_in(location.url, default_port=0)):
+    hosts = [host for host, _ in servers_in(location.url, default_port=0)]
+    if not all(hosts):
         raise ConfigError(f"{location} lacks the name of a server; write {example}")
+    _check_names(location, hosts)
+
+
+def _check_names(location: Location, hosts: Iterable[str]) -> None:
+    """Refuse what no resolver takes; to be told so when it connects is no error that the driver expects."""
+    try:
+        for host in hosts:
+            host.encode("idna")
+    except UnicodeError:
+        raise ConfigError(f"{location} has a server whose name has an empty part or one of more than 63 letters") from None
 
 
 def _credentials(url: SplitResult) -> dict[str, str]:

@@ -208,7 +208,7 @@ return outcomes
 """)
 
 # Runs all of the steps or none. Answers the number of the first session in conflict, or 0. Nothing is written before all is
-# known to succeed, for there is no way back.
+# known to succeed, for there is no way back. KEYS may name more than the sessions, behind them.
 TRANSACTION = Script(f"""{_STEPS}
 local function has_version(key, kind, given)
   local stored = redis.pcall('HGET', key, 'version')
@@ -216,8 +216,8 @@ local function has_version(key, kind, given)
   if kind == 's' then return stored == tostring(given - 1) end
   return given == '' or stored == given
 end
-for number, key in ipairs(KEYS) do
-  local kind, given = kinds:sub(number, number), ARGV[number * 4 - 3]
+for number = 1, #kinds do
+  local key, kind, given = KEYS[number], kinds:sub(number, number), ARGV[number * 4 - 3]
   if not has_version(key, kind, given) then return number end
   local shard = key:match('^(.*):s:')
   local facts = kind == 'd' and redis.pcall('HGET', shard .. ':facts', key:match('[^:]*$')) or ARGV[number * 4 - 1]
@@ -230,7 +230,7 @@ for number, key in ipairs(KEYS) do
   local size = redis.pcall('HLEN', shard .. ':facts')
   if type(size) == 'table' then return size end
 end
-for number = 1, #KEYS do
+for number = 1, #kinds do
   run(number)
 end
 return 0
@@ -314,12 +314,24 @@ def with_all_keys(script: Script, arguments: tuple[Any, ...]) -> tuple[Any, ...]
     While a slot moves to another node of a cluster, a key after the other, a node refuses a script before it begins if it
     has some of the named keys only. The others it would write half, or make anew beside those that are to come.
     """
-    number, key, *given = arguments
+    number, *given = arguments
+    keys, others = given[:number], given[number:]
+    if script is TRANSACTION:
+        each = zip(others[-1], keys, range(0, 4 * number, 4), strict=True)
+        more = [name for kind, key, at in each for name in _written_with(_SCRIPT_OF[kind], key, others[at : at + 4])]
+    else:
+        more = _written_with(script, keys[0], others)
+    named = dict.fromkeys((*keys, *more))
+    return len(named), *named, *others
+
+
+def _written_with(script: Script, key: str, given: Sequence[Any]) -> list[str]:
+    """The other keys that *script* writes with that of a session."""
     shard, _, session_id = key.rpartition(":s:")
     names = [name.format(id=session_id) for name in _WRITTEN.get(script, ())]
     if script in (SAVE, CREATE) and (user := _user_in(given[2])):
         names.append(f"u{user}")
-    return number + len(names), key, *(f"{shard}:{name}" for name in names), *given
+    return [f"{shard}:{name}" for name in names]
 
 
 _FACTS = struct.Struct("<ddIBHH")
