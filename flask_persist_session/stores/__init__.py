@@ -117,19 +117,22 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
         hint = f"did you mean {near[0]}:? Allowed" if near else "allowed"
         known = ", ".join(f"{scheme}:" for scheme in schemes)
         raise ConfigError(f"the store URL {redacted(parts)!r} has an unknown scheme; {hint} are {known}")
-    _check_host(parts)
+    _check_hosts(parts)
     options = dict(given)
     if len(options) < len(given):
         raise ConfigError(f"the store URL {redacted(parts)!r} has an option twice")
     return Location(parts._replace(query=""), options, base_path)
 
 
-def _check_host(url: SplitResult) -> None:
+def _check_hosts(url: SplitResult) -> None:
+    """Refuse what no resolver takes; to be told so when it connects is no error that a driver expects."""
     try:
-        for host in (url.hostname or "").split(","):
-            host.encode("idna")  # as connecting does, with an error that is none of a driver
-    except UnicodeError:
-        raise ConfigError(f"the store URL {redacted(url)!r} names a host that cannot be one") from None
+        for place in filter(None, url.netloc.rpartition("@")[2].split(",")):
+            (urlsplit(f"//{place}").hostname or "").encode("idna")
+    except ValueError:
+        raise ConfigError(
+            f"the store URL {redacted(url)!r} has a server whose name has an empty part or one of more than 63 letters"
+        ) from None
 
 
 def servers_in(url: SplitResult, default_port: int) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlunsplit
 
@@ -162,8 +162,6 @@ def _check_single(location: Location) -> None:
             raise ConfigError(f"{location} names no socket; write unix:///path/to/socket")
     elif not location.url.netloc or not re.fullmatch(r"(/\d*)?", location.url.path, re.ASCII):
         raise ConfigError(f"{location} does not fit; write {location.scheme}://host:6379/0, with the database's number")
-    else:
-        _check_names(location, [location.url.hostname or ""])
 
 
 def _single(location: Location, options: dict[str, Any]) -> Clients:
@@ -295,19 +293,8 @@ def _check_servers(location: Location, example: str) -> None:
             f"{location} has more than one @ before its servers; write the user and the password once, before the first "
             "of them, and an @ in a password as %40"
         )
-    hosts = [host for host, _ in servers_in(location.url, default_port=0)]
-    if not all(hosts):
+    if not all(host for host, _ in servers_in(location.url, default_port=0)):
         raise ConfigError(f"{location} lacks the name of a server; write {example}")
-    _check_names(location, hosts)
-
-
-def _check_names(location: Location, hosts: Iterable[str]) -> None:
-    """Refuse what no resolver takes; to be told so when it connects is no error that the driver expects."""
-    try:
-        for host in hosts:
-            host.encode("idna")
-    except UnicodeError:
-        raise ConfigError(f"{location} has a server whose name has an empty part or one of more than 63 letters") from None
 
 
 def _credentials(url: SplitResult) -> dict[str, str]:
