@@ -1046,6 +1046,19 @@ class SessionStoreContract(_Contract):
             record if number % 3 else there[number // 3] for number, record in enumerate(records)
         ]
 
+    @pytest.mark.parametrize("missing", [0, 1, 149, 150])
+    def test_save_many_of_which_nearly_all_or_none_are_there(self, store: SessionStore, missing: int) -> None:
+        """Of many new records a single one that is there, or is not, has its own outcome."""
+        records = [make_record(number, user_id=None) for number in range(150)]
+        for record in records[missing:]:
+            store.save(replace(record, data=b"there"), expected=0)
+        outcomes = store.save_many([Change(record=record, expected=0) for record in records])
+        assert outcomes == [True] * missing + [False] * (150 - missing)
+        assert [found and found.data for found in map(store.get, (records[0].id, records[-1].id))] == [
+            records[0].data if missing else b"there",
+            records[-1].data if missing == 150 else b"there",
+        ]
+
     @pytest.mark.parametrize("wrong", [make_record(id="x" * 67), make_record(version=0)], ids=["id", "version"])
     def test_save_many_of_something_wrong(self, store: SessionStore, wrong: SessionRecord) -> None:
         """What ``save`` refuses is refused among others too, and the changes after it are not saved."""

@@ -46,7 +46,7 @@ from flask_persist_session.stores.frames import framed
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from flask_persist_session.tokens import SHARDS
 from tests.conftest import SHARED_STORES
-from tests.servers import DEADLINE, RedisServer, Relay, free_port
+from tests.servers import DEADLINE, RedisServer, Relay, free_port, wait_until
 
 NewURL = Callable[[str], str]
 
@@ -380,6 +380,10 @@ def test_sqlite_copies_its_log_in_a_thread_that_ends(
             store.save(changes[start].record, expected=0)
     threads = {thread for _, thread in connections}
     assert len(threads) == 2
+    alone = {threading.get_ident()}
+    wait_until(lambda: threads & {thread.ident for thread in threading.enumerate()} <= alone, "the end of the thread")
+    store.save(make_record(count), expected=0)  # not again so soon
+    assert len(connections) == 2
     store.close()
     assert threads & {thread.ident for thread in threading.enumerate()} <= {threading.get_ident()}
     assert database.stat().st_size > count * size * 0.7
@@ -395,6 +399,31 @@ def test_sqlite_empties_its_log_again_and_again(database: Path) -> None:
         other.save(make_record(20_000 + start), expected=0)
     store.close()
     assert Path(f"{database}-wal").stat().st_size < database.stat().st_size < 40_000_000
+    other.close()
+
+
+def test_sqlite_empties_a_log_that_others_add_to(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long log is begun anew though others write on, who are held up for what came after the last copy only."""
+    store, other, run = open_store(f"sqlite:///{database}"), sqlite3.connect(database), databases._SQLite._run
+    other.execute("CREATE TABLE other (data)")
+    saves, left = itertools.chain([500], itertools.repeat(1)), list[int]()
+
+    def run_beside_others(self: Any, sql: str, parameters: Any = None) -> Any:
+        if "RESTART" in sql:
+            frames = Path(f"{database}-shm").read_bytes()  # how many there are, how many are copied
+            left.append(int.from_bytes(frames[16:20], sys.byteorder) - int.from_bytes(frames[96:100], sys.byteorder))
+        found = run(self, sql, parameters)
+        if "PASSIVE" in sql:
+            with closing(sqlite3.connect(database)) as writer, writer:
+                writer.execute("INSERT INTO other VALUES (zeroblob(?))", (next(saves) * 4096,))
+        return found
+
+    monkeypatch.setattr(databases._SQLite, "_run", run_beside_others)
+    assert all(store.save_many([Change(record=make_record(n, data=bytes(100_000)), expected=0) for n in range(250)]))
+    store.close()
+    other.execute("CREATE TABLE another (data)")
+    assert other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1] < 1000
+    assert [frames < 10 for frames in left] == [True]
     other.close()
 
 
