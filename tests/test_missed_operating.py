@@ -360,6 +360,17 @@ def test_many_changes_of_sqlite_pause_between_transactions(
     assert times.pauses == [0.0, *[pytest.approx(max(0.0, pause - held))] * 2]
 
 
+def test_sqlite_pauses_before_it_stores_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between finding that some of many new sessions are there already and storing the others."""
+    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(0.007)
+    store.save(make_record(5), expected=0)
+    monkeypatch.setattr(databases, "time", times)
+    outcomes = store.save_many([Change(record=make_record(number), expected=0) for number in range(100)])
+    store.close()
+    assert outcomes == [number != 5 for number in range(100)]
+    assert times.pauses == [0.0, pytest.approx(0.005)]
+
+
 def test_reading_a_backup_leaves_other_threads_their_turn(
     manager: SessionManager, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

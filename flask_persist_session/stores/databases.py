@@ -230,10 +230,13 @@ class _SQLite(PerThread, pw.SqliteDatabase):
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         self._give_way()
-        with self.atomic():
-            start = time.monotonic()
-            yield
-        self._let_others(start)
+        start = time.monotonic()
+        try:
+            with self.atomic():
+                start = time.monotonic()
+                yield
+        finally:
+            self._let_others(start)
 
     def rollback(self) -> None:
         # On a full disk SQLite rolls back by itself; to do so again is an error, which would hide the first one.
