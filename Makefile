@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
-# So many processes run the tests. They wait a lot, so more than there are processors pays. One that is done takes over tests of
-# another: a file at a time each, the last minutes were those of one long file.
+# So many processes run the tests, a file at a time each. They wait a lot, so more than there are processors pays.
 WORKERS ?= 4
 
 .PHONY: demo test browser database screenshots lint soak bench clean
@@ -15,7 +14,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
 test: browser database
-	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
 # Finds a Chromium for the tests, or gets one; where that cannot be done, it says how, and fails only in CI.
 browser: $(VENV)/test.stamp
