@@ -357,12 +357,6 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return made
 
 
-def test_many_hosts_without_ports_are_hosts() -> None:
-    """A name has no more than 63 letters, a list of names may have."""
-    names = ",".join(f"redis-cluster-{number}" for number in range(9))
-    open_store(f"redis+cluster://{names}").close()
-
-
 @pytest.mark.parametrize("at_once", [800, 50, 1])
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_sqlite_copies_its_log_in_a_thread_that_ends(
@@ -902,6 +896,12 @@ def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> N
     for call, expected in calls:
         client.script_flush()
         assert call() == expected
+
+
+def test_many_hosts_without_ports_are_hosts() -> None:
+    """A name has no more than 63 letters, a list of names may have."""
+    names = ",".join(f"redis-cluster-{number}" for number in range(9))
+    open_store(f"redis+cluster://{names}").close()
 
 
 def test_redis_lost_answers(redis_server: RedisServer, new_url: NewURL) -> None:

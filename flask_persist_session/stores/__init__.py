@@ -127,8 +127,8 @@ def take_apart(url: str, base_path: str, schemes: Collection[str] = tuple(_MODUL
 def _check_hosts(url: SplitResult) -> None:
     """Refuse what no resolver takes; to be told so when it connects is no error that a driver expects."""
     try:
-        for place in filter(None, url.netloc.rpartition("@")[2].split(",")):
-            (urlsplit(f"//{place}").hostname or "").encode("idna")
+        for host in filter(None, [place.hostname for place in _places(url)]):
+            host.encode("idna")
     except ValueError:
         raise ConfigError(
             f"the store URL {redacted(url)!r} has a server whose name has an empty part or one of more than 63 letters"
@@ -137,8 +137,12 @@ def _check_hosts(url: SplitResult) -> None:
 
 def servers_in(url: SplitResult, default_port: int) -> list[tuple[str, int]]:
     """Host and port of each server in a URL that names several. Raises ``ValueError`` for a port that is no number."""
-    places = [urlsplit(f"//{place}") for place in url.netloc.rpartition("@")[2].split(",")]
-    return [(place.hostname or "", place.port or default_port) for place in places]
+    return [(place.hostname or "", place.port or default_port) for place in _places(url)]
+
+
+def _places(url: SplitResult) -> list[SplitResult]:
+    """The servers of a URL, each as one of its own, without user and password."""
+    return [urlsplit(f"//{place}") for place in url.netloc.rpartition("@")[2].split(",")]
 
 
 def _no_url(path: str) -> str:
