@@ -22,7 +22,7 @@ from .exceptions import BackupError, SerializationError, SessionConflict, Sessio
 from .lifecycle import WEB
 from .manager import SessionManager
 from .monthly_archive import Contents, is_monthly_archive
-from .record_lines import HISTORY, cut_off, dump_history, facts_of, load_history, load_line
+from .record_lines import HISTORY, RecordLine, cut_off, dump_history, facts_of, load_history, load_line
 from .records import Change, SessionQuery, SessionRecord
 from .stores.base import SessionStore, check_save
 from .stores.history import HistoryLog
@@ -359,11 +359,11 @@ class _Dialogue:
 
     __slots__ = ("_last_at", "_lines", "_record_id", "count")
 
-    def __init__(self, fields: Mapping[str, Any], lines: Iterator[bytes]) -> None:
-        self.count = int(fields.get("entries", 0))
-        self._last_at = fields.get("last_entry_at")
+    def __init__(self, fields: RecordLine, lines: Iterator[bytes]) -> None:
+        self.count = fields.entries
+        self._last_at = fields.last_entry_at
         self._lines = lines
-        self._record_id = fields["id"]
+        self._record_id = fields.id
 
     def is_in(self, history: HistoryLog) -> bool:
         """Whether it is what *history* has, no more and no less."""

@@ -331,15 +331,17 @@ def _latest(archived: ArchivedSession, lines: Iterator[bytes]) -> tuple[LogEntry
 def _parsed(line: bytes, path: str) -> ArchivedSession:
     try:
         record, fields = load_line(line)
-        archived_at = float(fields["archived_at"])
+        archived_at = fields.archived_at
+        if archived_at is None or fields.namespace is None:
+            raise ValueError("it does not say when it was archived, or of which namespace")
         if not FIRST_MOMENT <= archived_at < LAST_MOMENT:
             raise ValueError("it was archived beyond all dates")
         return ArchivedSession(
             record=record,
-            namespace=str(fields["namespace"]),
-            archived_at=archived_at,
+            namespace=fields.namespace,
+            archived_at=float(archived_at),
             path=path,
-            entries=int(fields.get("entries", 0)),
+            entries=fields.entries,
         )
     except (SerializationError, *DAMAGED) as error:
         raise BackupError(f"it has a line that is no session: {error}") from error
