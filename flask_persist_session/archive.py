@@ -210,17 +210,16 @@ def read_lines(file: BinaryIO, manifest: Manifest) -> Iterator[tuple[str, list[b
 
     Raises ``BackupError`` if the file was changed since.
     """
-    for member in ahead(_still_as_verified(file, manifest)):
-        yield member.namespace, member.content.split(b"\n")[:-1]
+    return ahead(_lines_as_verified(file, manifest))
 
 
-def _still_as_verified(file: BinaryIO, manifest: Manifest) -> Iterator[Member]:
+def _lines_as_verified(file: BinaryIO, manifest: Manifest) -> Iterator[tuple[str, list[bytes]]]:
     for member in read_members(file):
         if member.name != MANIFEST:
             facts = manifest.members.get(member.name, {})
             if hashlib.sha256(member.content).hexdigest() != facts.get("sha256"):
                 raise BackupError("it was changed while it was being read")
-            yield member
+            yield member.namespace, member.content.split(b"\n")[:-1]
 
 
 def _checked(manifest: Manifest, found: Mapping[str, Mapping[str, Any]]) -> Manifest:

@@ -29,6 +29,7 @@ from flask_persist_session import (
     Change,
     ConfigError,
     MonthlyArchive,
+    SerializationError,
     SessionManager,
     SessionRecord,
     SessionStore,
@@ -125,6 +126,44 @@ def test_a_record_comes_back_from_its_line() -> None:
     loaded = load_record(dump_record(record))
     assert loaded == record
     assert type(loaded.tags) is frozenset
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", "Zoë\udfff", 2**70, -(2**70), 0.1, -0.0, 1e-300, {"\ud83d": [None, True]}], ids=ascii
+)
+def test_whatever_is_json_comes_back_from_a_line(value: Any) -> None:
+    """Halves of characters, and numbers of any size, come back as they were."""
+    record = make_record(metadata={"value": value})
+    assert repr(load_record(dump_record(record)).metadata) == repr({"value": value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 7),
+        ("user_id", 7),
+        ("user_id", "\ud800"),
+        ("tags", "tag"),
+        ("tags", [7]),
+        ("metadata", [1]),
+        ("metadata", None),
+        ("data", "no base64!"),
+        ("data", "\ud800"),
+        ("data", None),
+        ("created_at", "now"),
+        ("expires_at", True),
+        ("ended_at", [0.5]),
+        ("version", 1.5),
+        ("version", 0),
+        ("entries", "seven"),
+    ],
+)
+def test_a_line_with_a_field_of_another_type_is_no_record(field: str, value: Any) -> None:
+    """Such a line is refused, be it of JSON that only Python reads."""
+    for surrogate in ("", "\ud800"):
+        fields = json.loads(dump_record(make_record())) | {field: value}
+        with pytest.raises(SerializationError, match="the line is no session record"):
+            load_record(json.dumps(fields | {"more": surrogate}).encode())
 
 
 def test_a_dry_run_archives_nothing(memory: SessionStore, directory: Path) -> None:

@@ -545,6 +545,27 @@ def test_sqlite_locked(database: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("changes", [1, 100], ids=["one", "many"])
+def test_sqlite_looks_for_the_lock_often(database: Path, monkeypatch: pytest.MonkeyPatch, changes: int) -> None:
+    """Whoever waits for the lock looks at it every 5 ms however long it waits, and has it when it is free."""
+    store, other, pauses = open_store(f"sqlite:///{database}"), sqlite3.connect(database), list[float]()
+    store.get(make_record().id)
+    other.execute("BEGIN IMMEDIATE")
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 50:
+            other.rollback()
+
+    monkeypatch.setattr(databases.time, "sleep", sleep)
+    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(changes)]))
+    waited = [pause for pause in pauses if pause]
+    assert 49 <= len(waited) <= 50
+    assert min(waited) == waited[0] < max(waited) <= 0.005
+    other.close()
+    store.close()
+
+
 def test_sqlite_connection_of_each_thread(database: Path, connections: list[tuple[int, int]]) -> None:
     """Each thread has a connection of its own, made by itself and used again."""
     store = open_store(f"sqlite:///{database}")

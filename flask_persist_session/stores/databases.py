@@ -9,13 +9,11 @@ import os
 import sqlite3
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote
 
@@ -39,12 +37,11 @@ inherited: list[object] = []
 translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 
 
-#: Seconds for which whoever waits for SQLite's lock sleeps before each look at it, and after which that look comes; nobody
-#: is told that the lock is free.
-_SLEEPS = (0.001, 0.002, 0.005, 0.010, 0.015, 0.020, 0.025)
-_LOOKS = tuple(accumulate(_SLEEPS))
-#: Seconds by which somebody is told late or wakes up late, and those between two transactions of many changes at least.
-_LATE, _LEAST_FOR_OTHERS = 0.002, 0.008
+#: Seconds after which whoever waits for SQLite's lock looks at it for the first time, and at most between two looks; SQLite
+#: itself looks every 10 to 100 ms.
+_FIRST_LOOK, _LONGEST_BETWEEN_LOOKS = 0.0005, 0.005
+#: Seconds between two transactions of many changes: whoever waits looks meanwhile, be it a little late.
+_FOR_OTHERS = 0.008
 #: Seconds that nobody waits for.
 _LONG = 86400.0
 #: Rows that one statement inserts: databases take 32,766 values or more in one, older releases of SQLite 999.
@@ -229,28 +226,20 @@ class _SQLite(PerThread, pw.SqliteDatabase):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        self._give_way()
-        start = time.monotonic()
+        time.sleep(max(0.0, self._others_until - time.monotonic()))
         try:
             with self.atomic():
-                start = time.monotonic()
                 yield
         finally:
-            self._let_others(start)
+            self._let_others()
+
+    def _let_others(self) -> None:
+        self._others_until = time.monotonic() + _FOR_OTHERS
 
     def rollback(self) -> None:
         # On a full disk SQLite rolls back by itself; to do so again is an error, which would hide the first one.
         if self.connection().in_transaction:  # type: ignore[no-untyped-call]
             super().rollback()
-
-    def _give_way(self) -> None:
-        time.sleep(max(0.0, self._others_until - time.monotonic()))
-
-    def _let_others(self, start: float) -> None:
-        """Keep the lock, which was taken at *start*, free for so long that whoever waits for it looks meanwhile."""
-        now = time.monotonic()
-        asleep = _SLEEPS[min(bisect_left(_LOOKS, now - start + _LATE), len(_SLEEPS) - 1)]
-        self._others_until = now + max(_LEAST_FOR_OTHERS, asleep + _LATE)
 
     @contextmanager
     def of_many(self) -> Iterator[None]:
@@ -295,9 +284,8 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             for _ in range(_SHORT_COPIES):
                 self._copy_log()
             self._run(f"PRAGMA busy_timeout = {_TO_EMPTY_IT}")
-            start = time.monotonic()
             self._run("PRAGMA wal_checkpoint(RESTART)").fetchone()
-            self._let_others(start)
+            self._let_others()
 
     def _copy_log(self) -> int:
         """Copy what is in the log into the database, without a lock; returns how many pages the log has."""
@@ -305,10 +293,27 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         return int(pages)
 
     def _run(self, sql: str, params: Sequence[Any] | None = None) -> Any:
-        return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
+        return self._once_free(partial(super().execute_sql, sql, params))
+
+    def begin(self, lock_type: str | None = None) -> None:
+        self._once_free(partial(super().begin, lock_type))
+
+    def _once_free(self, attempt: Callable[[], _T]) -> _T:
+        """What *attempt* returns once nobody else has the lock that it needs."""
+        pause, ends = _FIRST_LOOK, time.monotonic() + self.timeout
+        while True:
+            try:
+                return attempt()
+            except pw.OperationalError as error:
+                # Within a transaction nothing waits: it has had the lock since it began.
+                if "locked" not in str(error) or self.in_transaction() or time.monotonic() > ends:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_BETWEEN_LOOKS)
 
     def _connect(self) -> Any:
         connection: Any = super()._connect()
+        connection.execute("PRAGMA busy_timeout = 0")  # it is looked at more often than SQLite would
         # By default a damaged text makes the driver fail for the whole statement; so it damages its own record only.
         connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         return connection
