@@ -966,15 +966,23 @@ def test_redis_closed_connections_are_not_noticed(client: redis.Redis, redis_sto
         assert call() == expected
 
 
-def test_redis_prefix_like_a_shard(redis_server: RedisServer, client: redis.Redis) -> None:
-    """A check is not misled by a prefix that looks like a shard, nor by a user who is called so."""
-    store = open_store(f"{redis_server.url}?prefix={{abc}}")
+def test_redis_user_like_an_index(redis_server: RedisServer, client: redis.Redis) -> None:
+    """A check is not misled by a user who is called like the key of an index."""
+    store = open_store(redis_server.url)
     record = make_record(user_id="x:{abc}:u:expiry")
     store.save(record, expected=0)
     before = _index_members(client, record.id)
     assert list(store.check(repair=True)) == []
     assert _index_members(client, record.id) == before == 3
     store.close()
+
+
+@pytest.mark.parametrize("prefix", ["{}", "{abc}", "shop{", "}:u:"])
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+def test_redis_prefix_with_braces(scheme: str, prefix: str) -> None:
+    """By braces a cluster chooses the server of a key, so a prefix has none."""
+    with pytest.raises(ConfigError, match=f"prefix {re.escape(repr(prefix))}.* has braces"):
+        open_store(f"{scheme}://127.0.0.1?prefix={prefix}")
 
 
 def test_redis_prefixes(redis_server: RedisServer, client: redis.Redis) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import redis
 
-from ..exceptions import SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
+from ..exceptions import ConfigError, SerializationError, StoreError, StoreUnavailable, UnsupportedByStore
 from ..records import Change, Deletion, Finding, SessionQuery, SessionRecord, StoreStats, is_session_id
 from ..serializers import pack_record, unpack_record
 from ..tokens import SHARDS, shard_of
@@ -135,11 +135,18 @@ class RedisStore(SessionStore):
     :param namespace: part of the keys.
     :param prefix: start of the keys.
     :param name: what messages call the server.
+
+    Raises ``ConfigError`` for a prefix with braces.
     """
 
     def __init__(
         self, client: Any, namespace: str = "web", *, prefix: str = "persist", name: str = "the Redis server"
     ) -> None:
+        if "{" in prefix or "}" in prefix:
+            raise ConfigError(
+                f"the prefix {prefix!r} of the keys in Redis has braces, by which a cluster tells what is kept together; "
+                "use a prefix without"
+            )
         if isinstance(client, redis.RedisCluster):
             client = ClusterClient(client)
         self._clients = client if isinstance(client, Clients) else None
