@@ -267,10 +267,10 @@ def _collecting_little() -> Iterator[None]:
     A look at all that an application consists of takes some 50 ms, in which no thread can go on; others would wait for
     what one of them has locked.
     """
+    young, *older = gc.get_threshold()  # before the look: where another restore has not frozen, it has not set them either
     if gc.get_freeze_count() > _FROZEN_BY_PYTHON:  # by the application, or another restore
         yield
         return
-    young, *older = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(young and max(young, _YOUNG_OBJECTS), *older)  # 0: the application does without
     try:

@@ -566,6 +566,20 @@ def test_sqlite_looks_for_the_lock_often(database: Path, monkeypatch: pytest.Mon
     store.close()
 
 
+def test_sqlite_waits_for_nothing_but_the_lock(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not pass is told at once, even if the message has the word in a name."""
+    store, pauses = open_store(f"sqlite:///{database}?timeout=0.05"), list[float]()
+    unlocked = store.namespace("unlocked")
+    unlocked.get(make_record().id)
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("DROP TABLE persist_session_unlocked")
+    monkeypatch.setattr(databases.time, "sleep", pauses.append)
+    with pytest.raises(StoreError, match="no such table: persist_session_unlocked"):
+        unlocked.get(make_record().id)
+    assert pauses == []
+    store.close()
+
+
 def test_sqlite_connection_of_each_thread(database: Path, connections: list[tuple[int, int]]) -> None:
     """Each thread has a connection of its own, made by itself and used again."""
     store = open_store(f"sqlite:///{database}")

@@ -305,8 +305,9 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             try:
                 return attempt()
             except pw.OperationalError as error:
-                # Within a transaction nothing waits: it has had the lock since it began.
-                if "locked" not in str(error) or self.in_transaction() or time.monotonic() > ends:
+                # Within a transaction nothing waits: it has had the lock since it began. Other locks are this connection's
+                # own, and other messages name tables, which may be called anything.
+                if str(error) != "database is locked" or self.in_transaction() or time.monotonic() > ends:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_BETWEEN_LOOKS)

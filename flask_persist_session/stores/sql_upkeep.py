@@ -163,7 +163,9 @@ def tidy_up(database: PerThread, table: str, *, full: bool) -> Iterator[Improvem
         yield from _tidy_up_mysql(database, table, full)
 
 
-def _tidy_up_sqlite(database: PerThread, table: str, full: bool) -> Iterator[Improvement]:
+def _tidy_up_sqlite(database: Any, table: str, full: bool) -> Iterator[Improvement]:
+    database.connect()
+    database.timeout = 0  # as requests wait for a lock; here SQLite itself waits, as long as each part is worth
     fetched(database, f"PRAGMA busy_timeout = {_CHECKPOINT_WAIT}")
     yield from _analyse(database, table)
     yield from _truncate_log(database)
