@@ -8,9 +8,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -393,6 +393,43 @@ def test_a_restore_keeps_what_was_there_from_the_garbage_collector(
     load(new_manager(clock), path, progress=lambda _: frozen.append(gc.get_freeze_count()))
     assert min(frozen) > 10_000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.fixture
+def thresholds() -> Iterator[tuple[int, int, int]]:
+    """Those of the garbage collector, which are set again afterwards, and nothing is kept from it."""
+    before = gc.get_threshold()
+    gc.unfreeze()
+    yield before
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("young", "meanwhile"), [(700, 20_000), (50_000, 50_000), (0, 0)])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_restore_collects_less_often_while_it_runs(
+    manager: SessionManager,
+    clock: Clock,
+    tmp_path: Path,
+    thresholds: tuple[int, int, int],
+    young: int,
+    meanwhile: int,
+    error: type[BaseException] | None,
+) -> None:
+    """Not where the application wants it seldom or never; afterwards it is as before, however the restore ends."""
+    manager.create({"n": 1})
+    path, seen = save_archive(manager, tmp_path), list[tuple[int, int, int]]()
+    gc.set_threshold(young, *thresholds[1:])
+
+    def look(_count: int) -> None:
+        seen.append(gc.get_threshold())
+        if error:
+            raise error
+
+    with pytest.raises(error) if error else nullcontext():
+        load(new_manager(clock), path, progress=look)
+    assert seen == [(meanwhile, *thresholds[1:])]
+    assert (gc.get_threshold(), gc.get_freeze_count()) == ((young, *thresholds[1:]), 0)
 
 
 def test_a_restore_leaves_alone_what_an_application_froze(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:
