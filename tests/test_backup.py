@@ -46,6 +46,7 @@ from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in, newest_before
+from flask_persist_session.record_lines import HISTORY
 from flask_persist_session.stores import redis_scripts
 from tests.conftest import ALL_STORES, Clock
 from tests.counting import CountingStore
@@ -734,6 +735,31 @@ def test_a_record_whose_history_is_missing_is_not_restored(
     other.store.close()
 
 
+def test_a_record_whose_history_ends_too_early_is_not_restored(good: str, clock: Clock, tmp_path: Path) -> None:
+    """It fails with what is missing, nobody gets the half of it, and a whole archive brings it back."""
+    files = unpacked(good)
+    first, *others = sorted(files[RECORDS].splitlines(keepends=True), key=has_ended)
+    line = json.dumps(json.loads(first) | {"entries": 3, "last_entry_at": 1.0}, separators=(",", ":")).encode() + b"\n"
+    session_id = json.loads(first)["id"]
+    half = HISTORY + session_id.encode() + b'","seq":1,"entries":[[1.0,"YQ=="],[1.0,"Yg=="]]}\n'
+    other = new_manager(clock)
+    report = load(other, repacked(files, [line, half, *others], tmp_path))
+    assert counts(report) == {"restored": 4, "failed": 1}
+    assert "has 2 of the 3 entries" in report.reasons[0]
+    assert other.get(session_id) is None
+    assert counts(load(other, good)) == {"restored": 1, "skipped": 3, "ended": 1}
+
+
+def test_a_session_that_is_there_needs_no_history_of_the_archive(
+    good: str, manager: SessionManager, clock: Clock, tmp_path: Path
+) -> None:
+    """It stays as it is, and is not counted as failed because its history is missing in the archive."""
+    files = unpacked(good)
+    first, *others = sorted(files[RECORDS].splitlines(keepends=True), key=has_ended)
+    line = json.dumps(json.loads(first) | {"entries": 3, "last_entry_at": 1.0}, separators=(",", ":")).encode() + b"\n"
+    assert counts(load(manager, repacked(files, [line, *others], tmp_path))) == {"skipped": 4, "ended": 1}
+
+
 def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> None:
     """Of many failures all are counted, and ten explained."""
     report = load(new_manager(clock), repacked(unpacked(good), [b"no record\n"] * 25, tmp_path))
@@ -741,11 +767,18 @@ def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> 
     assert report.reasons[0].startswith("line 'no record': the line is no session record")
 
 
+def has_ended(line: bytes) -> bool:
+    """Whether the session of a line has."""
+    return json.loads(line)["ended_at"] is not None
+
+
 def repacked(files: Files, lines: list[bytes], folder: Path) -> Path:
     """An archive of other lines, with a manifest that fits."""
-    content = b"".join(lines)
+    content, records = b"".join(lines), sum(not line.startswith(HISTORY) for line in lines)
     changed = edited(
-        files | {RECORDS: content}, members={RECORDS: facts_of(content)}, counts={"web": {"active": len(lines)}}
+        files | {RECORDS: content},
+        members={RECORDS: facts_of(content) | {"records": records}},
+        counts={"web": {"active": records}},
     )
     return packed(folder / "repacked.tar.gz", *changed)
 

@@ -8,9 +8,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,29 +344,31 @@ class Times:
         self.pauses.append(seconds)
 
 
-@pytest.mark.parametrize(("step", "pause"), [(0.0, 0.008), (0.001, 0.006), (0.003, 0.002), (0.005, 0.0)])
+@pytest.mark.parametrize(("passed", "pause"), [(0.0, 0.008), (0.003, 0.005), (0.02, 0.0)])
 def test_many_changes_of_sqlite_pause_between_transactions(
-    step: float, pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    passed: float, pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock stays free for longer than whoever waits for it sleeps before the next look, so that everybody gets it."""
-    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(step)
+    """The lock is free for longer than whoever waits for it sleeps between two looks, so that everybody gets it."""
+    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(0.0)
     monkeypatch.setattr(databases, "time", times)
+    times.now = 1.0
     for start in range(0, 300, 100):
         assert all(store.save_many([Change(record=make_record(start + n), expected=0) for n in range(100)]))
+        times.now += passed
     store.close()
-    # The clock goes on by a step each time that it is looked at, twice of them since the last transaction.
     assert times.pauses == [0.0, *[pytest.approx(pause)] * 2]
 
 
 def test_sqlite_pauses_before_it_stores_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also between finding that some of many new sessions are there already and storing the others."""
-    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(0.001)
+    store, times = open_store(f"sqlite:///{tmp_path}/sessions.db"), Times(0.0)
     store.save(make_record(5), expected=0)
     monkeypatch.setattr(databases, "time", times)
+    times.now = 1.0
     outcomes = store.save_many([Change(record=make_record(number), expected=0) for number in range(100)])
     store.close()
     assert outcomes == [number != 5 for number in range(100)]
-    assert times.pauses == [0.0, pytest.approx(0.006)]
+    assert times.pauses == [0.0, pytest.approx(0.008)]
 
 
 def test_reading_a_backup_leaves_other_threads_their_turn(
@@ -410,6 +412,43 @@ def test_restores_that_begin_at_once_leave_the_garbage_collector_as_it_was(monke
         assert gc.get_threshold() == before
     finally:
         gc.set_threshold(*before)
+
+
+@pytest.fixture
+def thresholds() -> Iterator[tuple[int, int, int]]:
+    """Those of the garbage collector, which are set again afterwards, and nothing is kept from it."""
+    before = gc.get_threshold()
+    gc.unfreeze()
+    yield before
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("young", "meanwhile"), [(700, 20_000), (50_000, 50_000), (0, 0)])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_restore_collects_less_often_while_it_runs(
+    manager: SessionManager,
+    clock: Clock,
+    tmp_path: Path,
+    thresholds: tuple[int, int, int],
+    young: int,
+    meanwhile: int,
+    error: type[BaseException] | None,
+) -> None:
+    """Not where the application wants it seldom or never; afterwards it is as before, however the restore ends."""
+    manager.create({"n": 1})
+    path, seen = save_archive(manager, tmp_path), list[tuple[int, int, int]]()
+    gc.set_threshold(young, *thresholds[1:])
+
+    def look(_count: int) -> None:
+        seen.append(gc.get_threshold())
+        if error:
+            raise error
+
+    with pytest.raises(error) if error else nullcontext():
+        load(new_manager(clock), path, progress=look)
+    assert seen == [(meanwhile, *thresholds[1:])]
+    assert (gc.get_threshold(), gc.get_freeze_count()) == ((young, *thresholds[1:]), 0)
 
 
 def test_a_restore_leaves_alone_what_an_application_froze(manager: SessionManager, clock: Clock, tmp_path: Path) -> None:

@@ -194,6 +194,29 @@ def test_a_history_between_batches_without(
     assert restore({"chat": chats}, path) == RestoreReport(skipped=8)
 
 
+def test_a_session_that_is_removed_while_its_history_is_restored(
+    source: SessionManager,
+    chats: SessionManager,
+    target: Watched,
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It alone fails and says why; the others come back."""
+    talked, *_ = (record.id for record in source.store.scan())
+    source.history(talked).append({"role": "user", "content": "a"})
+    path, load_history = back_up({"chat": source}, str(tmp_path), now=clock()).path, backup_module.load_history
+
+    def removed_meanwhile(line: bytes) -> object:
+        target.delete(talked)
+        return load_history(line)
+
+    monkeypatch.setattr(backup_module, "load_history", removed_meanwhile)
+    report = restore({"chat": chats}, path)
+    assert (report.restored, report.failed) == (6, 1)
+    assert f"{talked}: it was changed while its history was restored" in report.reasons[0]
+
+
 def test_each_count_of_several_batches(
     source: SessionManager, path: str, chats: SessionManager, target: Watched, clock: Clock
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peewee as pw
 import pytest
 import redis
 from cachelib import FileSystemCache, NullCache, RedisCache, SimpleCache
@@ -495,6 +497,46 @@ def test_sqlite_is_closed_once_closing_returns(database: Path, monkeypatch: pyte
         ends.set()
 
 
+def test_sqlite_saves_on_where_its_log_cannot_be_emptied(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed is in the log: neither who saves next nor who closes is told that it could not be copied yet."""
+    store, tried = open_store(f"sqlite:///{database}"), list[int]()
+
+    def fails(self: Any) -> int:
+        tried.append(threading.get_ident())
+        raise pw.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(databases._SQLite, "_copy_log", fails)
+    for start in 0, 900:
+        changes = [Change(record=make_record(start + number), expected=0) for number in range(900)]
+        assert all(store.save_many(changes))
+    store.close()
+    assert len(tried) == 2
+    assert store.count(SessionQuery()) == 1800
+    store.close()
+
+
+def test_sqlite_empties_its_log_once_at_a_time(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes, no second thread begins meanwhile; the next one comes after it."""
+    begun, goes_on = list[int](), threading.Event()
+
+    def wait(self: Any) -> None:
+        begun.append(threading.get_ident())
+        goes_on.wait(DEADLINE)
+
+    monkeypatch.setattr(databases, "_PAGES_TO_EMPTY", 10)
+    monkeypatch.setattr(databases._SQLite, "_empty_log_here", wait)
+    store = open_store(f"sqlite:///{database}")
+    for number in range(20):
+        store.save(make_record(number), expected=0)
+    wait_until(lambda: begun, "the thread that empties the log")
+    assert len(begun) == 1
+    goes_on.set()
+    store._database.settle()
+    store.save(make_record(20), expected=0)
+    store.close()
+    assert len(begun) == 2
+
+
 def test_a_fork_in_a_transaction_waits_until_the_log_is_emptied(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child would inherit the connection of a thread that it does not have, and the locks of SQLite itself."""
     store = open_store(f"sqlite:///{database}")
@@ -566,8 +608,8 @@ def test_sqlite_looks_for_the_lock_often(database: Path, monkeypatch: pytest.Mon
     store.close()
 
 
-def test_sqlite_waits_for_nothing_but_the_lock(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not pass is told at once, even if the message has the word in a name."""
+def test_sqlite_waits_for_no_table_whose_name_says_locked(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error whose message has the word in a name only is told at once."""
     store, pauses = open_store(f"sqlite:///{database}?timeout=0.05"), list[float]()
     unlocked = store.namespace("unlocked")
     unlocked.get(make_record().id)
@@ -578,6 +620,35 @@ def test_sqlite_waits_for_nothing_but_the_lock(database: Path, monkeypatch: pyte
         unlocked.get(make_record().id)
     assert pauses == []
     store.close()
+
+
+def test_sqlite_waits_for_nothing_but_a_lock(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that waiting does not mend is told at once, and so is any within a transaction, which holds up others."""
+    store, pauses = open_store(f"sqlite:///{database}?timeout=1"), list[float]()
+    store.get(make_record().id)
+    monkeypatch.setattr(databases.time, "sleep", pauses.append)
+
+    def fails() -> None:
+        raise pw.OperationalError("database is locked")
+
+    with pytest.raises(pw.OperationalError, match="no such table"):
+        store._database.execute_sql("SELECT * FROM lost")
+    with pytest.raises(pw.OperationalError, match="locked"), store._database.atomic():
+        store._database._once_free(fails)
+    assert pauses == []
+    store.close()
+
+
+def test_sqlite_store_that_nobody_has_any_more(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is closed at once, also by who made the tables: a child process would take over its locks."""
+    closed, close = list[object](), databases._Closer.__del__
+    monkeypatch.setattr(databases._Closer, "__del__", lambda closer: (close(closer), closed.append(closer)))
+    gc.disable()
+    try:
+        open_store(f"sqlite:///{database}").transaction([Change(record=make_record(), expected=0)])
+        assert len(closed) == 1
+    finally:
+        gc.enable()
 
 
 def test_sqlite_connection_of_each_thread(database: Path, connections: list[tuple[int, int]]) -> None:

@@ -121,8 +121,8 @@ class PerThread(pw.Database):
     def make(self, models: Sequence[Any]) -> None:
         """Make the tables of *models* with their indexes; to be called in a transaction, and by any number at once."""
         for model in models:
-            with model.bind_ctx(self):
-                model.create_table(safe=True)
+            # Not bound to this database: it would become part of a circle, and be closed some time after its last use.
+            pw.SchemaManager(model, self).create_all(safe=True)
 
     def beyond(self, keys: Sequence[Any], values: Sequence[Any], *, descending: bool) -> Any:
         """That a row comes later in the order of *keys* than one with *values*."""
