@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/gunicorn --workers 2 --threads 32 --bind 127.0.0.1:$(PORT) "example_app:create_app()"
 
 test: browser database
-	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Finds a Chromium for the tests, or gets one; where that cannot be done, it says how, and fails only in CI.
 browser: $(VENV)/test.stamp

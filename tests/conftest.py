@@ -19,6 +19,24 @@ from tests.servers import MemcachedServer, MySQLServer, PostgreSQLServer, RedisC
 #: The stores that several processes can share.
 SHARED_STORES = ("file", "sqlite", "redis", "postgresql", "mysql")
 ALL_STORES = ("memory", *SHARED_STORES)
+#: The files that take longest. They come first, so that at the end no process is left alone with one of them.
+LONG_FILES = (
+    "test_store_contract.py",
+    "test_backup_process.py",
+    "test_response_order.py",
+    "test_cli.py",
+    "test_upgrade_races.py",
+    "test_restore_served.py",
+    "test_streaming.py",
+    "test_chat.py",
+    "test_stores.py",
+    "test_migrate.py",
+    "test_processes.py",
+    "test_check.py",
+    "test_pages.py",
+    "test_transactions.py",
+    "test_devices.py",
+)
 _numbers = itertools.count(1)
 
 
@@ -44,6 +62,12 @@ class TickingClock(Clock):
 
     def __call__(self) -> float:
         return self.now + next(self._looks) * 1e-3 + os.getpid() % 997 * 1e-6
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture

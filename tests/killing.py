@@ -15,7 +15,7 @@ from tests.servers import DEADLINE
 from tests.web import PROCESSES
 
 #: How often.
-MANY = [pytest.param(12, id="a few"), pytest.param(50, id="fifty", marks=pytest.mark.soak)]
+MANY = [pytest.param(5, id="a few"), pytest.param(50, id="fifty", marks=pytest.mark.soak)]
 
 
 def killed_runs(target: Callable[..., object], *given: str, times: int) -> Iterator[bool]:

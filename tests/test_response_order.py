@@ -16,8 +16,8 @@ from tests.order_app import ACTS
 from tests.web import Browser, Gunicorn
 
 ROOT = Path(__file__).parent.parent
-#: What comes when is not the store's: one of the two database servers is enough.
-KINDS = [kind for kind in SHARED_STORES if kind != "mysql"]
+#: What comes when is not the store's: one is enough, and make soak has them all.
+KINDS = ["sqlite", *(pytest.param(kind, marks=pytest.mark.soak) for kind in SHARED_STORES if kind != "sqlite")]
 SIGN_INS = ("sign in", "sign in after clearing", "bind")
 #: What changes the user by itself, and so is no slow request but a second sign-in.
 SLOW = [act for act in ACTS if act not in (*SIGN_INS, "sign in as another")]

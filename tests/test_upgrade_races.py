@@ -23,7 +23,7 @@ from tests.taken_over import SECRET, add_views, cookie_of, with_cookie
 
 MakeApp = Callable[..., Flask]
 PROCESSES = multiprocessing.get_context("spawn")
-COUNT = 6
+COUNT = 4
 
 
 def old_session(server: RedisServer, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -347,7 +348,8 @@ def test_commands_can_be_interrupted(
     assert "run it again" in result.stderr
 
 
-def test_interrupted_repair_leaves_a_store_that_can_be_repaired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [0.04, pytest.param(0.01, marks=pytest.mark.soak)])
+def test_interrupted_repair_leaves_a_store_that_can_be_repaired(tmp_path: Path, step: float) -> None:
     """A repair that is killed at any moment loses nothing, and the next one finishes the work."""
     url = f"file://{tmp_path}/sessions"
     store = open_store(url)
@@ -358,7 +360,7 @@ def test_interrupted_repair_leaves_a_store_that_can_be_repaired(tmp_path: Path) 
     script = (
         f"from flask_persist_session import open_store\nprint(flush=True)\nlist(open_store({url!r}).check(repair=True))"
     )
-    for round_ in range(12):
+    for moment in itertools.takewhile((0.12).__gt__, itertools.count(0.0, step)):
         for path in web.glob("*/*.session"):
             os.truncate(path, path.stat().st_size)
             with path.open("ab") as file:
@@ -368,7 +370,7 @@ def test_interrupted_repair_leaves_a_store_that_can_be_repaired(tmp_path: Path) 
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.read(1)
-        time.sleep(0.01 * round_)
+        time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         list(store.check(repair=True))
