@@ -43,10 +43,11 @@ def _after_signal(target: Callable[..., object], given: tuple[str, ...], ready: 
 
 
 def timed(target: Callable[..., object], *given: str) -> float:
-    """How many seconds a whole run takes."""
-    start = time.perf_counter()
-    process = PROCESSES.Process(target=target, args=given)
+    """How many seconds a whole run takes, without the start of its process."""
+    process = PROCESSES.Process(target=_after_signal, args=(target, given, ready := PROCESSES.Event()))
     process.start()
+    assert ready.wait(DEADLINE)
+    start = time.perf_counter()
     process.join()
     assert process.exitcode == 0
     return time.perf_counter() - start
