@@ -112,7 +112,7 @@ def load_line(line: bytes, *, version: int | None = None) -> tuple[SessionRecord
 def _fields_of(line: bytes) -> RecordLine:
     try:
         return _decode_line(line)
-    except ValueError:  # which halves of characters are as well, and Python keeps them
+    except ValueError:  # also for half a character outside of the basic plane, which a text of Python may have
         return msgspec.convert(_decode(line.decode("utf-8", "surrogatepass")), RecordLine)
 
 
