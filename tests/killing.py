@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,7 @@ def killed_runs(target: Callable[..., object], *given: str, times: int) -> Itera
     chance = random.Random(seed)
     longest = timed(target, *given)
     for _ in range(times):
-        process = PROCESSES.Process(target=_after_signal, args=(target, given, ready := PROCESSES.Event()))
-        process.start()
+        process, ready = _started(target, given)
         try:
             assert ready.wait(DEADLINE)
             process.join(chance.uniform(0, longest))
@@ -37,6 +37,14 @@ def killed_runs(target: Callable[..., object], *given: str, times: int) -> Itera
         yield process.exitcode != 0
 
 
+def _started(target: Callable[..., object], given: tuple[str, ...]) -> tuple[Any, Event]:
+    """A process, and what is set when it begins with *target*."""
+    ready = PROCESSES.Event()
+    process = PROCESSES.Process(target=_after_signal, args=(target, given, ready))
+    process.start()
+    return process, ready
+
+
 def _after_signal(target: Callable[..., object], given: tuple[str, ...], ready: Event) -> None:
     ready.set()
     target(*given)
@@ -44,8 +52,7 @@ def _after_signal(target: Callable[..., object], given: tuple[str, ...], ready: 
 
 def timed(target: Callable[..., object], *given: str) -> float:
     """How many seconds a whole run takes, without the start of its process."""
-    process = PROCESSES.Process(target=_after_signal, args=(target, given, ready := PROCESSES.Event()))
-    process.start()
+    process, ready = _started(target, given)
     assert ready.wait(DEADLINE)
     start = time.perf_counter()
     process.join()

@@ -738,9 +738,7 @@ def test_a_record_whose_history_is_missing_is_not_restored(
 def test_a_record_whose_history_ends_too_early_is_not_restored(good: str, clock: Clock, tmp_path: Path) -> None:
     """It fails with what is missing, nobody gets the half of it, and a whole archive brings it back."""
     files = unpacked(good)
-    first, *others = sorted(files[RECORDS].splitlines(keepends=True), key=has_ended)
-    line = json.dumps(json.loads(first) | {"entries": 3, "last_entry_at": 1.0}, separators=(",", ":")).encode() + b"\n"
-    session_id = json.loads(first)["id"]
+    session_id, line, others = with_a_history(files)
     half = HISTORY + session_id.encode() + b'","seq":1,"entries":[[1.0,"YQ=="],[1.0,"Yg=="]]}\n'
     other = new_manager(clock)
     report = load(other, repacked(files, [line, half, *others], tmp_path))
@@ -755,8 +753,7 @@ def test_a_session_that_is_there_needs_no_history_of_the_archive(
 ) -> None:
     """It stays as it is, and is not counted as failed because its history is missing in the archive."""
     files = unpacked(good)
-    first, *others = sorted(files[RECORDS].splitlines(keepends=True), key=has_ended)
-    line = json.dumps(json.loads(first) | {"entries": 3, "last_entry_at": 1.0}, separators=(",", ":")).encode() + b"\n"
+    _, line, others = with_a_history(files)
     assert counts(load(manager, repacked(files, [line, *others], tmp_path))) == {"skipped": 4, "ended": 1}
 
 
@@ -767,9 +764,11 @@ def test_the_first_reasons_are_told(good: str, clock: Clock, tmp_path: Path) -> 
     assert report.reasons[0].startswith("line 'no record': the line is no session record")
 
 
-def has_ended(line: bytes) -> bool:
-    """Whether the session of a line has."""
-    return json.loads(line)["ended_at"] is not None
+def with_a_history(files: dict[str, bytes]) -> tuple[str, bytes, list[bytes]]:
+    """The id of an active session, its line with a history of three entries, and the lines of the others."""
+    first, *others = sorted(files[RECORDS].splitlines(keepends=True), key=lambda line: bool(json.loads(line)["ended_at"]))
+    fields = json.loads(first) | {"entries": 3, "last_entry_at": 1.0}
+    return fields["id"], json.dumps(fields, separators=(",", ":")).encode() + b"\n", others
 
 
 def repacked(files: Files, lines: list[bytes], folder: Path) -> Path:

@@ -86,10 +86,7 @@ return 1
 
 # What the next two share: whether an entry of an index leads to no session of that user, and is removed if it is to be.
 _STRAY = """
-local shard, index = KEYS[1]:match('^(.-{%x%x%x}):(u:.*)$')
-if not shard then
-  shard, index = KEYS[1]:match('^(.*):(.*)$')
-end
+local shard, index = KEYS[1]:match('^(.-{%x%x%x}):(.*)$')
 local of_facts = index == 'facts'
 local function is_stray(id)
   local session = shard .. ':s:' .. id
