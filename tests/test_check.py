@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import random
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 
 from flask_persist_session import Finding, SerializationError, SessionQuery, SessionRecord, SessionStore, open_store
-from flask_persist_session.stores import databases, file_transactions, file_upkeep, frames
+from flask_persist_session.stores import databases, file_transactions, file_upkeep, frames, sql_upkeep
 from flask_persist_session.stores.file import FileStore
 from flask_persist_session.stores.redis import _Checked
 from flask_persist_session.stores.redis_upkeep import RedisCheck
@@ -478,6 +480,33 @@ def test_optimize_gives_back_room(sqlite: SessionStore, database: Path) -> None:
     [freed] = [done.freed for done in sqlite.optimize(full=True) if "rewrote" in done.text]
     assert freed == before - database.stat().st_size > 0
     assert sqlite.count(SessionQuery()) == 10
+
+
+def test_optimizing_while_somebody_copies_the_log(
+    sqlite: SessionStore, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store does so after many changes, in a thread of its own; the log is emptied once that is done."""
+    processes = get_context("spawn")
+    ours, theirs = processes.Pipe()
+    copying = processes.Process(target=seem_to_copy, args=(f"{database}-shm", theirs))
+    copying.start()
+    ours.recv()
+
+    def end(_: float) -> None:
+        ours.send("end")
+        copying.join()
+
+    monkeypatch.setattr(sql_upkeep.time, "sleep", end)
+    assert "emptied the log of the database" in [done.text for done in sqlite.optimize()]
+    assert copying.exitcode == 0  # it was there until then
+
+
+def seem_to_copy(index: str, orders: Connection) -> None:
+    """Hold the lock of whoever copies the log of a SQLite database until told to end (https://sqlite.org/walformat.html)."""
+    with open(index, "r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, 121)
+        orders.send("locked")
+        orders.recv()
 
 
 def test_index_that_stays_out_of_step(sqlite: SessionStore, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,8 @@ _LARGE = 1_000_000_000
 _ANALYSED = 400
 #: Milliseconds for which the end of a checkpoint waits for readers, while writers wait for it.
 _CHECKPOINT_WAIT = 20
+#: So often, and with so many seconds in between, it is looked whether others are done with copying the log.
+_LOOKS, _BETWEEN_LOOKS = 50, 0.05
 
 
 class SQLCheck:
@@ -191,7 +194,11 @@ def _truncate_log(database: PerThread) -> Iterator[Improvement]:
     log = f"{database.database}-wal"
     before = _size(log)
     # First what holds up nobody, so that next to nothing is left for what does.
-    fetched(database, "PRAGMA wal_checkpoint(PASSIVE)")
+    for _ in range(_LOOKS):
+        [(busy, _, _)] = fetched(database, "PRAGMA wal_checkpoint(PASSIVE)")
+        if not busy:
+            break
+        time.sleep(_BETWEEN_LOOKS)  # somebody else copies it just now
     fetched(database, "PRAGMA wal_checkpoint(TRUNCATE)")
     if (freed := before - _size(log)) > 0:
         yield Improvement(text="emptied the log of the database", freed=freed)
