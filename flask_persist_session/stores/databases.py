@@ -224,6 +224,11 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             self._empty_log_beside()
         return committed
 
+    def beyond(self, keys: Sequence[Any], values: Sequence[Any], *, descending: bool) -> Any:
+        # Of several it does not see where in the index to begin if the first is an expression.
+        first = keys[0] <= values[0] if descending else keys[0] >= values[0]
+        return first & super().beyond(keys, values, descending=descending)
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         time.sleep(max(0.0, self._others_until - time.monotonic()))

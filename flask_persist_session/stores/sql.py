@@ -127,6 +127,7 @@ class SQLStore(SessionStore):
         after_fork(self._leave_to_parent)
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
+        self._by_hour = of_sqlite
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
@@ -448,6 +449,7 @@ class SQLStore(SessionStore):
             after, before = getattr(query, f"{name}_after"), getattr(query, f"{name}_before")
             conditions += [column >= after] if after is not None else []
             conditions += [column < before] if before is not None else []
+        conditions += self._hours(query.expires_after, query.expires_before)
         if query.state == "ended":
             conditions.append(model.ended_at.is_null(False))
         elif query.state is not None:
@@ -457,12 +459,32 @@ class SQLStore(SessionStore):
             keys = self._keys(query.order_by)
             value, session_id = query.after
             values = [session_id] if query.by_id else [float(value), session_id]
+            if self._by_hour and query.order_by.removeprefix("-") == "expires_at":
+                values = [_hour(pw.Value(float(value))), *values]
             conditions.append(self._database.beyond(keys, values, descending=query.descending))
         return conditions
 
+    def _hours(self, after: float | None, before: float | None) -> list[Any]:
+        """What of an expiry within these bounds the index of SQLite judges: its hour."""
+        if not self._by_hour:
+            return []
+        hour = _hour(self._model.expires_at)
+        conditions = [hour >= _hour(pw.Value(after))] if after is not None else []
+        return conditions + ([hour <= _hour(pw.Value(before))] if before is not None else [])
+
     def _keys(self, order_by: str) -> list[Any]:
         name, model = order_by.removeprefix("-"), self._model
-        return [model.id] if name == "id" else [getattr(model, name), model.id]
+        if name == "id":
+            return [model.id]
+        hour = [_hour(model.expires_at)] if name == "expires_at" and self._by_hour else []
+        return [*hour, getattr(model, name), model.id]
+
+    def _keys_of_index(self, query: SessionQuery) -> list[Any]:
+        """The order of the index that serves the conditions of *query*."""
+        if query.expires_before is None:
+            return self._keys("id")
+        # A table of SQLite keeps the number of a row as long as it has an index, VACUUM or not.
+        return [_hour(self._model.expires_at), pw.SQL("rowid")] if self._by_hour else self._keys("expires_at")
 
     def _in_parts(self, query: SessionQuery, ids: list[str]) -> Iterator[SessionRecord]:
         """What *query* finds, unordered and uncut; a database takes only so many parameters at once."""
@@ -472,10 +494,9 @@ class SQLStore(SessionStore):
 
     def _pages(self, query: SessionQuery, offset: int, limit: int | None) -> Iterator[SessionRecord]:
         """The rows page by page, each starting after the last one, so that no cursor and no snapshot is held open."""
-        # Without a wish, the order of the index that serves the condition.
-        keys = self._keys(query.order_by or ("id" if query.expires_before is None else "expires_at"))
+        keys = self._keys(query.order_by) if query.order_by else self._keys_of_index(query)
         model, descending = self._model, query.descending
-        rows = model.select(*(getattr(model, name) for name in _COLUMNS)).where(*self._conditions(query))
+        rows = model.select(*(getattr(model, name) for name in _COLUMNS), *keys).where(*self._conditions(query))
         rows = rows.order_by(*(key.desc() if descending else key for key in keys))
         after: list[Any] | None = None
         while limit is None or limit > 0:
@@ -486,11 +507,11 @@ class SQLStore(SessionStore):
             with self._using() as database, translated:
                 # Not through the rows of peewee, which take as long as making the records does.
                 found = database.execute_sql(*page.bind(database).sql()).fetchall()  # type: ignore[no-untyped-call]
-            records = list(_readable(found))
+            records = list(_readable(row[: len(_COLUMNS)] for row in found))
             yield from records
             if len(found) < size:
                 return
-            after = [found[-1][_COLUMNS.index(key.name)] for key in keys]
+            after = list(found[-1][len(_COLUMNS) :])
             limit = None if limit is None else limit - len(records)
 
     # Connections and schema -------------------------------------------------------------------------------------------
@@ -605,7 +626,10 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
             table_name = table
 
     # Named after the table: peewee would name them after the class, alike for all namespaces.
-    Session.add_index(pw.ModelIndex(Session, [Session.expires_at], name=f"{table}_expiry"))
+    # SQLite stores whole pages. By the hour, sessions that are stored together are mostly near to each other in the index,
+    # and a renewal seldom moves an entry; by the second each of them would write a page of its own.
+    expiry = _hour(Session.expires_at) if of_sqlite else Session.expires_at
+    Session.add_index(pw.ModelIndex(Session, [expiry], name=f"{table}_expiry"))
     # With the tenant SQLite counts users in the index alone, ten times as fast. Other databases do not need that, and
     # limit what one entry may hold to less than the longest names take.
     second = Session.tenant_id if of_sqlite else Session.created_at
@@ -627,6 +651,11 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
             table_name = "persist_schema"
 
     return Session, Lease, Schema
+
+
+def _hour(moment: Any) -> Any:
+    """In which hour a moment of SQL is, given in seconds."""
+    return (moment / pw.SQL("3600")).cast("INTEGER")
 
 
 # Statements and rows --------------------------------------------------------------------------------------------------
