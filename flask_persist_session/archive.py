@@ -45,7 +45,7 @@ _MEMBER_NAME = re.compile(r"([a-z0-9_]{1,40})/records-(\d{6,9})\.jsonl", re.ASCI
 #: What a newer release might put beside the records: read on to its manifest, which says so.
 _OTHER_NAME = re.compile(r"[a-z0-9_]{1,40}/[a-z]{1,40}-\d{6,9}\.jsonl", re.ASCII)
 _BLOCK = 512
-_READ_BYTES = 1024 * 1024
+_READ_BYTES = 256 * 1024
 _GZIP = 31
 _T = TypeVar("_T")
 #: Is told how many more records were looked at.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -248,8 +248,9 @@ def restore(
             contents = _verify(file, verified, _first(managers).clock())
             _check_namespaces(contents, managers)
             started(contents.records)
-            with ThreadPoolExecutor(1, "session-restore") as writer:
-                run = _Restore(writer, strategy, dry_run, sign_out)
+            at_once = min(manager.store.writers for manager in managers.values())
+            with ThreadPoolExecutor(at_once, "session-restore") as writers:
+                run = _Restore(writers, at_once, strategy, dry_run, sign_out)
                 for namespace, batch in _batches(_sessions(_read_lines(file, contents))):
                     if done := run.restore(managers[namespace], batch):
                         progress(done)
@@ -402,9 +403,10 @@ class _Dialogue:
 class _Restore:
     """Restores batches of lines and counts what becomes of them."""
 
-    def __init__(self, writer: Executor, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
-        self._writer = writer
-        self._under_way: Callable[[], int] | None = None
+    def __init__(self, writers: Executor, at_once: int, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
+        self._writers = writers
+        self._at_once = at_once
+        self._under_way = deque[Callable[[], int]]()
         self._strategy = strategy
         self._dry_run = dry_run
         self._sign_out = sign_out
@@ -417,18 +419,22 @@ class _Restore:
     def restore(self, manager: SessionManager, batch: list[_Archived]) -> int:
         """Restore a batch, while the caller reads the next one; returns of how many sessions nothing is left to do."""
         wanted = list(self._wanted(manager, _in_turns(batch)))
-        done = self.finish()
         if self._dry_run or batch[0].has_history:
+            done = self.finish()
             self._settle(manager, wanted)
             return done + len(batch)
-        creating = self._writer.submit(manager.store.save_many, [Change(record=record, expected=0) for record, _ in wanted])
-        self._under_way = partial(self._complete, manager, wanted, creating, len(batch))
+        done = self.finish(but=self._at_once - 1)
+        changes = [Change(record=record, expected=0) for record, _ in wanted]
+        creating = self._writers.submit(manager.store.save_many, changes)
+        self._under_way.append(partial(self._complete, manager, wanted, creating, len(batch)))
         return done
 
-    def finish(self) -> int:
-        """Do what is left of the last batch; returns how many sessions it has. Raises ``StoreError``."""
-        under_way, self._under_way = self._under_way, None
-        return under_way() if under_way else 0
+    def finish(self, *, but: int = 0) -> int:
+        """Do what is left of all batches *but* the last ones; returns of how many sessions. Raises ``StoreError``."""
+        done = 0
+        while len(self._under_way) > but:
+            done += self._under_way.popleft()()
+        return done
 
     def _complete(
         self,

@@ -22,6 +22,7 @@ class CountingStore(SessionStore):
 
     def __init__(self, store: SessionStore) -> None:
         self.store = store
+        self.writers = store.writers
         self.atomic = store.atomic
         self.operations: Counter[str] = Counter()
 

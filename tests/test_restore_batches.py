@@ -23,13 +23,15 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched(CountingStore):
-    """Calls ``before`` with the number of each batch, before it is stored."""
+    """Calls ``before`` with the number of each batch of an archive, before it is stored."""
 
     before: Callable[[int], object] = staticmethod(lambda number: None)
+    archived: Sequence[str] = ()
 
     def save_many(self, changes: Sequence[Change]) -> list[bool]:
         self.operations["save_many"] += 1
-        self.before(self.operations["save_many"])
+        if changes and changes[0].id in self.archived:
+            self.before(1 + self.archived.index(changes[0].id) // 2)
         return self.store.save_many(changes)
 
     def ids(self) -> set[str]:
@@ -54,9 +56,13 @@ def path(source: SessionManager, clock: Clock, tmp_path: Path) -> str:
     return back_up({"chat": source}, str(tmp_path), now=clock()).path
 
 
-@pytest.fixture
-def target() -> Watched:
-    return Watched(open_store("memory://"))
+@pytest.fixture(params=[1, 2], ids=["one writer", "two writers"])
+def target(request: pytest.FixtureRequest, source: SessionManager) -> Watched:
+    """An empty store that takes one batch at a time, or two."""
+    target = Watched(open_store("memory://"))
+    target.archived = [record.id for record in source.store.snapshot()]
+    target.writers = request.param
+    return target
 
 
 @pytest.fixture
@@ -68,8 +74,9 @@ def no_thread_is_left() -> bool:
     return not [thread for thread in threading.enumerate() if thread.name.startswith("session-restore")]
 
 
-def _repeated(chats: SessionManager, path: str, already: int) -> None:
+def _repeated(chats: SessionManager, target: Watched, path: str, already: int) -> None:
     """A repeat brings what is missing, and counts what was there already as that."""
+    target.before = lambda number: None  # type: ignore[method-assign]
     report = restore({"chat": chats}, path)
     assert report == RestoreReport(restored=7 - already, skipped=already)
     assert sorted(chats.decode(record)["n"] for record in chats.store.scan()) == list(range(7))
@@ -78,27 +85,30 @@ def _repeated(chats: SessionManager, path: str, already: int) -> None:
 def test_the_next_batch_is_read_while_the_last_is_stored(
     path: str, chats: SessionManager, target: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is not waited for, but for one batch at a time."""
+    """The store is not waited for, but for as many batches as it takes at a time."""
     looked_at: list[str] = []
-    third_is_read = threading.Event()
+    following_is_read, last_is_begun, at_once = threading.Event(), threading.Event(), target.writers
     is_over = chats.is_over
 
     def noticed(record: object) -> bool:
         looked_at.append("")
-        if len(looked_at) == 3:
-            third_is_read.set()
+        if len(looked_at) == 2 * at_once + 1:
+            following_is_read.set()
         return is_over(record)  # type: ignore[arg-type]
 
     monkeypatch.setattr(chats, "is_over", noticed)
-    seen: list[int] = []
+    missing: list[int] = []
 
     def wait(number: int) -> None:
-        assert number > 1 or third_is_read.wait(DEADLINE)
-        seen.append(len(target.ids()))
+        missing.append(2 * (number - 1) - len(target.ids()))
+        if number == at_once:
+            last_is_begun.set()
+        assert number > 1 or (following_is_read.wait(DEADLINE) and last_is_begun.wait(DEADLINE))
 
     target.before = wait  # type: ignore[method-assign]
     assert restore({"chat": chats}, path).restored == 7
-    assert seen == [0, 2, 4, 6]
+    assert len(missing) == 4
+    assert max(missing) == 2 * (at_once - 1)
     assert no_thread_is_left()
 
 
@@ -106,13 +116,14 @@ def test_progress_tells_of_what_is_stored(path: str, chats: SessionManager, targ
     """A batch counts once it is in the store, and each session once."""
     told: list[tuple[int, int]] = []
     restore({"chat": chats}, path, progress=lambda more: told.append((more, len(target.ids()))))
-    assert [more for more, _ in told] == [2, 2, 2, 1]
+    assert [more for more, _ in told] == ([2, 2, 2, 1] if target.writers == 1 else [2, 2, 3])
     assert all(stored >= sum(more for more, _ in told[: place + 1]) for place, (_, stored) in enumerate(told))
 
 
 @pytest.mark.parametrize("failing", [1, 2, 4])
 def test_a_store_that_fails_ends_the_restore(path: str, chats: SessionManager, target: Watched, failing: int) -> None:
-    """With its error, also from the last batch; what was stored until then is whole, and no later batch is begun."""
+    """With its error, also from the last batch; what was stored until then is whole, and no batch is begun later."""
+    begun = min(failing + target.writers - 1, 4)
 
     def fail(number: int) -> None:
         if number == failing:
@@ -122,8 +133,9 @@ def test_a_store_that_fails_ends_the_restore(path: str, chats: SessionManager, t
     with pytest.raises(StoreUnavailable, match="gone"):
         restore({"chat": chats}, path)
     assert no_thread_is_left()
-    assert (target.operations["save_many"], len(target.ids())) == (failing, 2 * (failing - 1))
-    _repeated(chats, path, 2 * (failing - 1))
+    stored = 7 - 2 if failing < begun == 4 else 2 * (begun - 1)
+    assert (target.operations["save_many"], len(target.ids())) == (begun, stored)
+    _repeated(chats, target, path, stored)
 
 
 @pytest.mark.parametrize("read", [3, 6])
@@ -149,8 +161,7 @@ def test_an_interruption_while_reading(
             restore({"chat": chats}, path)
     assert no_thread_is_left()
     assert len(target.ids()) == 2 * under_way
-    target.before = lambda number: None  # type: ignore[method-assign]
-    _repeated(chats, path, 2 * under_way)
+    _repeated(chats, target, path, 2 * under_way)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
@@ -169,8 +180,7 @@ def test_an_interruption_while_the_store_is_waited_for(
     wait_until(no_thread_is_left, "the thread that stores")  # the signal may come while that is waited for
     stored = len(target.ids())
     assert stored in (2 * batch, 7)
-    target.before = lambda number: None  # type: ignore[method-assign]
-    _repeated(chats, path, stored)
+    _repeated(chats, target, path, stored)
 
 
 @pytest.mark.parametrize("place", range(8))

@@ -44,7 +44,10 @@ from flask_persist_session import (
 from flask_persist_session.serializers import pack_record
 from flask_persist_session.stores import databases
 from flask_persist_session.stores.base import add_up
+from flask_persist_session.stores.cached import CachedStore
 from flask_persist_session.stores.frames import framed
+from flask_persist_session.stores.migrating import MigratingStore
+from flask_persist_session.stores.tenant import TenantStore
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from flask_persist_session.tokens import SHARDS
 from tests.conftest import SHARED_STORES
@@ -744,6 +747,14 @@ def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
     connection.close()
     assert columns[-1] == "data"
     assert [step[-1] for step in plan] == ["SCAN persist_session_web USING COVERING INDEX persist_session_web_user"]
+
+
+def test_sqlite_takes_many_changes_from_one_thread(database: Path) -> None:
+    """Others would only wait for its lock; so it is behind a cache, before an old store and for a tenant."""
+    sqlite, memory = open_store(f"sqlite:///{database}"), open_store(SimpleCache())
+    assert memory.writers == 2
+    around = [CachedStore(sqlite, SimpleCache()), MigratingStore(sqlite, memory), TenantStore(sqlite, "acme")]
+    assert [store.writers for store in (sqlite, *around)] == [1] * 4
 
 
 def test_sqlite_no_database(database: Path) -> None:

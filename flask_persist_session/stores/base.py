@@ -97,6 +97,9 @@ class SessionStore(ABC):
     atomic: bool = True
     #: Seconds for which what has expired is there at least, where a store removes records by itself; set before it is used.
     margin: float = 7 * 86400.0
+    #: How many threads should call ``save_many`` at once where there are very many to save: 1 if they would only wait for
+    #: one lock; more if one can prepare its records while another waits for a server.
+    writers: int = 2
 
     @abstractmethod
     def get(self, session_id: str) -> SessionRecord | None:

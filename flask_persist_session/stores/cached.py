@@ -69,6 +69,7 @@ class CachedStore(SessionStore):
         _check(store, cache, ttl, prefix)
         check_namespace(namespace)
         self.store = store
+        self.writers = store.writers
         self.atomic = store.atomic
         self._cache = cache
         self._ttl = int(ttl)

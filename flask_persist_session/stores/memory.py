@@ -25,6 +25,8 @@ def open_location(location: Location, namespace: str) -> MemoryStore:
 class MemoryStore(SessionStore):
     """Keeps records in a dict behind a lock. Each process has its own."""
 
+    writers = 1
+
     def __init__(self, namespace: str = "web") -> None:
         self._family = {namespace: self}
         self._records: dict[str, SessionRecord] = {}

@@ -30,6 +30,7 @@ class MigratingStore(SessionStore):
     def __init__(self, store: SessionStore, old: SessionStore) -> None:
         self.store = store
         self.old = old
+        self.writers = store.writers
         self.atomic = store.atomic and old.atomic
 
     @property

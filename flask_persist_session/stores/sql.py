@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Any
 
 import peewee as pw
@@ -128,6 +129,7 @@ class SQLStore(SessionStore):
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
         self._by_hour = of_sqlite
+        self.writers = 1 if of_sqlite else SessionStore.writers
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
 
@@ -686,12 +688,14 @@ class _Statement:
     """SQL that peewee compiled once; calling it with the values gives what ``execute_sql`` takes."""
 
     def __init__(self, sql: str, parameters: Sequence[Any]) -> None:
-        self._sql = sql
-        self._order = tuple(str(name) for name in parameters)
         assert all(isinstance(name, _Placeholder) for name in parameters)
+        self._sql = sql
+        self._in_order: Any = itemgetter(*map(str, parameters))
+        self._is_single = len(parameters) == 1
 
     def __call__(self, values: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
-        return self._sql, tuple([values[name] for name in self._order])
+        given = self._in_order(values)
+        return self._sql, (given,) if self._is_single else given
 
     def of_rows(self, number: int) -> str:
         """The SQL that does for so many rows what this one does for one, whose values stand in parentheses."""

@@ -20,6 +20,7 @@ class TenantStore(SessionStore):
     def __init__(self, store: SessionStore, tenant_id: str) -> None:
         self._store = store
         self._tenant_id = tenant_id
+        self.writers = store.writers
         self.atomic = store.atomic
 
     def get(self, session_id: str) -> SessionRecord | None:
