@@ -47,6 +47,7 @@ from flask_persist_session.stores.base import add_up
 from flask_persist_session.stores.cached import CachedStore
 from flask_persist_session.stores.frames import framed
 from flask_persist_session.stores.migrating import MigratingStore
+from flask_persist_session.stores.sql import SQLStore
 from flask_persist_session.stores.tenant import TenantStore
 from flask_persist_session.testing import following, in_a_fork, in_processes, make_record
 from flask_persist_session.tokens import SHARDS
@@ -452,7 +453,7 @@ def test_sqlite_writers_do_not_wait_for_a_long_reader(database: Path) -> None:
 
 
 def test_sqlite_saves_while_the_interpreter_ends(database: Path) -> None:
-    """Where no thread can be started any more, the log is left to the commits."""
+    """Where no thread can be started any more, the commit after many empties the log."""
     script = (
         "import atexit, sys\n"
         "from flask_persist_session import Change, open_store\n"
@@ -461,15 +462,42 @@ def test_sqlite_saves_while_the_interpreter_ends(database: Path) -> None:
         "def save():\n"
         "    for number in range(900):\n"
         "        store.save(make_record(number), expected=0)\n"
+        "    log = store._database.connection().execute('PRAGMA wal_checkpoint(PASSIVE)')\n"
+        "    print(log.fetchone()[1] < 1000)\n"
         "    store.close()\n"
         "atexit.register(save)\n"
     )
     command = [sys.executable, "-c", script, f"sqlite:///{database}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
     store = open_store(f"sqlite:///{database}")
     assert store.count(SessionQuery()) == 900
     store.close()
+
+
+def test_sqlite_leaves_the_log_to_no_commit(database: Path) -> None:
+    """Behind a backup it grows, and the first commit afterwards would copy all of it: a request took 60 ms."""
+    store = open_store(f"sqlite:///{database}")
+    store.save(make_record(), expected=0)
+    assert isinstance(store, SQLStore)
+    assert store._database.connection().execute("PRAGMA wal_autocheckpoint").fetchone() == (0,)
+    store.close()
+
+
+def test_sqlite_empties_a_log_that_was_left_long(database: Path, connections: list[tuple[int, int]]) -> None:
+    """Nobody counted what those wrote who are gone: so the first change of a process has it copied, and no later one."""
+    other = sqlite3.connect(database)
+    other.executescript("PRAGMA journal_mode = wal; PRAGMA wal_autocheckpoint = 0; CREATE TABLE other (data)")
+    with other:
+        other.execute("INSERT INTO other VALUES (zeroblob(30000000))")
+    connections.clear()
+    store = open_store(f"sqlite:///{database}")
+    for number in range(3):
+        store.save(make_record(number), expected=0)
+    store.close()
+    assert len(connections) == 2
+    assert database.stat().st_size > 30_000_000
+    other.close()
 
 
 def test_sqlite_histories_have_their_log_copied_beside_too(database: Path, connections: list[tuple[int, int]]) -> None:

@@ -183,8 +183,6 @@ _PAGES_TO_EMPTY = 3000
 _LONGEST_LOG, _TO_EMPTY_IT = 5000, 5
 #: So often what was added meanwhile is copied before.
 _SHORT_COPIES = 4
-#: How many pages it has when a commit empties it itself; by default 1000 pages, for which a request would wait.
-_LOG_LEFT_TO_COMMITS = 8000
 
 
 class _SQLite(PerThread, pw.SqliteDatabase):
@@ -205,6 +203,8 @@ class _SQLite(PerThread, pw.SqliteDatabase):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._guard = threading.Lock()
         super().__init__(*arguments, **options)
+        if _is_long(f"{self.database}-wal"):
+            self._pages = _PAGES_TO_EMPTY  # others left it, and may be gone
 
     def execute_sql(self, sql: str, params: Sequence[Any] | None = None) -> Any:
         cursor = self._run(sql, params)
@@ -258,8 +258,9 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         if emptying is not None:
             emptying.result()
 
-    # What is committed is in the log first. Whoever commits into a long one copies what is in it, and waits for the disk
-    # to have it, some 25 ms for 1000 pages. Here another thread does, so that no request has to.
+    # What is committed is in the log first. By default whoever commits into a long one copies what is in it, and waits for
+    # the disk to have it: some 25 ms for 1000 pages, and as many times as long after a backup, behind which it grows. Here
+    # another thread does, so that no request has to.
 
     def _empty_log_beside(self) -> None:
         with self._guard:
@@ -268,8 +269,11 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             self._pages = 0
             # Thread and connection end with it, so that nothing is left that a fork could inherit.
             thread = ThreadPoolExecutor(1, "session-log")
-            with suppress(RuntimeError):  # the interpreter ends, or there are too many threads: a commit does it
+            try:
                 self._emptying = thread.submit(self._empty_log)
+            except RuntimeError:  # the interpreter ends, or there are too many threads
+                with suppress(pw.PeeweeException):
+                    self._copy_log()
             thread.shutdown(wait=False)
 
     def _empty_log(self) -> None:
@@ -392,7 +396,7 @@ def open_sqlite(location: Location) -> tuple[str, Connect, float]:
     pragmas = {
         "journal_mode": "wal",
         "synchronous": options["synchronous"],
-        "wal_autocheckpoint": _LOG_LEFT_TO_COMMITS,
+        "wal_autocheckpoint": 0,
     }
 
     def connect() -> PerThread:
@@ -400,6 +404,13 @@ def open_sqlite(location: Location) -> tuple[str, Connect, float]:
         return _SQLite(path, pragmas=pragmas, timeout=options["timeout"], lock_type="IMMEDIATE", check_same_thread=False)
 
     return f"the SQLite database {path}", connect, options["timeout"]
+
+
+def _is_long(log: str) -> bool:
+    try:
+        return os.path.getsize(log) > _LONGEST_LOG * _PAGE_SIZE
+    except FileNotFoundError:
+        return False
 
 
 def _synchronous(text: str) -> str:
