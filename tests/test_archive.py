@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from cachelib import SimpleCache
 from flask import Flask
 
@@ -135,6 +136,12 @@ def test_whatever_is_json_comes_back_from_a_line(value: Any) -> None:
     """Halves of characters, and numbers of any size, come back as they were."""
     record = make_record(metadata={"value": value})
     assert repr(load_record(dump_record(record)).metadata) == repr({"value": value})
+
+
+def test_a_text_of_a_type_of_its_own_is_text_in_a_line() -> None:
+    """Some stores keep what they are given, and it is JSON for Python."""
+    record = make_record(metadata={"value": Markup("<b>")})
+    assert load_record(dump_record(record)).metadata == {"value": "<b>"}
 
 
 @pytest.mark.parametrize(
