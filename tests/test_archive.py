@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markupsafe import Markup
 from cachelib import SimpleCache
 from flask import Flask
+from markupsafe import Markup
 
 from flask_persist_session import (
     BackupError,
