@@ -303,7 +303,7 @@ def save_until_killed(url: str, acknowledge: Connection) -> None:
         acknowledge.send(version)
 
 
-@pytest.mark.parametrize("saves", [1000, pytest.param(20_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("saves", [300, pytest.param(20_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_writer_loses_nothing_acknowledged(kind: str, saves: int, new_url: Callable[[str], str]) -> None:
     """A process killed at any moment of a save leaves the last version that was acknowledged, or the one under way."""

@@ -88,7 +88,7 @@ def restored_while_appending(
     return report
 
 
-@pytest.mark.parametrize("strategy", ["skip", "newer", "overwrite"])
+@pytest.mark.parametrize("strategy", ["skip", pytest.param("newer", marks=pytest.mark.soak), "overwrite"])
 def test_requests_go_on_during_a_restore(url: str, server: Gunicorn, strategy: Strategy, tmp_path: Path) -> None:
     """No request fails or loses its change, lost sessions come back, and one that was revoked since does not."""
     with closing(open_store(url)) as store:

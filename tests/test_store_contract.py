@@ -120,6 +120,7 @@ def _open_moving_back(store: str, old: str) -> SessionStore:
     return _MovingBack(open_store(store), open_store(old))
 
 
+@pytest.mark.soak
 class TestMigratingBackAndForth(SessionStoreContract):
     # Two stores have no step in common: while a session moves, processes that have them the other way round may both
     # save it. So what races is promised only where all have them the same way.
@@ -152,6 +153,7 @@ class TestCachedInFiles(SessionStoreContract):
         return partial(_open_cached, new_url("sqlite"), partial(FileSystemCache, str(tmp_path / "cache"), threshold=0))
 
 
+@pytest.mark.soak
 class TestCachedInRedis(SessionStoreContract):
     @pytest.fixture
     def open_store(self, new_url: NewURL, redis_server: RedisServer) -> Opener:
@@ -188,6 +190,7 @@ class TestCachedAndEvicted(SessionStoreContract):
         return partial(_open_cached, new_url("sqlite"), partial(_ForgetfulCache, threshold=1_000_000))
 
 
+@pytest.mark.soak
 class TestCachedInFilesAndEvicted(SessionStoreContract):
     test_readers_of_a_transaction = None
 
