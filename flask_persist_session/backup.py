@@ -406,7 +406,7 @@ class _Restore:
     def __init__(self, writers: Executor, at_once: int, strategy: Strategy, dry_run: bool, sign_out: bool) -> None:
         self._writers = writers
         self._at_once = at_once
-        self._under_way = deque[Callable[[], int]]()
+        self._under_way = deque[tuple[frozenset[str], Callable[[], int]]]()
         self._strategy = strategy
         self._dry_run = dry_run
         self._sign_out = sign_out
@@ -423,17 +423,21 @@ class _Restore:
             done = self.finish()
             self._settle(manager, wanted)
             return done + len(batch)
-        done = self.finish(but=self._at_once - 1)
+        ids = frozenset(record.id for record, _ in wanted)
+        # A session may be twice in an archive: its lines count in their order.
+        is_alone = all(ids.isdisjoint(others) for others, _ in self._under_way)
+        done = self.finish(but=self._at_once - 1 if is_alone else 0)
         changes = [Change(record=record, expected=0) for record, _ in wanted]
         creating = self._writers.submit(manager.store.save_many, changes)
-        self._under_way.append(partial(self._complete, manager, wanted, creating, len(batch)))
+        self._under_way.append((ids, partial(self._complete, manager, wanted, creating, len(batch))))
         return done
 
     def finish(self, *, but: int = 0) -> int:
         """Do what is left of all batches *but* the last ones; returns of how many sessions. Raises ``StoreError``."""
         done = 0
         while len(self._under_way) > but:
-            done += self._under_way.popleft()()
+            _, complete = self._under_way.popleft()
+            done += complete()
         return done
 
     def _complete(

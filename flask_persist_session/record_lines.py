@@ -32,7 +32,7 @@ def _base64(value: object) -> str:
     return b2a_base64(value, newline=False).decode()
 
 
-#: Bytes are written in base64; both write the same JSON, msgspec in a fifth of the time.
+#: Bytes are written in base64. What both write is read alike; msgspec takes a fifth of the time.
 _encode_any = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_base64).encode
 _encode_fast = msgspec.json.Encoder().encode
 

@@ -862,7 +862,7 @@ class SessionStoreContract(_Contract):
         assert order_by is None or found == records[10:1070]
         assert listing.count(SessionQuery(order_by=order_by, offset=10)) == 1090
 
-    @pytest.mark.parametrize("order_by", ["id", "-id", "accessed_at", "expires_at", "-expires_at"])
+    @pytest.mark.parametrize("order_by", ["id", "-id", "accessed_at", "-accessed_at", "expires_at", "-expires_at"])
     @pytest.mark.parametrize("user_id", [None, "alice"])
     def test_find_page_by_page(self, listing: SessionStore, order_by: str, user_id: str | None) -> None:
         """Pages that each start after the last record of the one before are the whole, though many have the same times."""

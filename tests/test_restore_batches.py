@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flask_persist_session import Change, RestoreReport, SessionManager, SessionStore, StoreUnavailable, open_store
 from flask_persist_session import backup as backup_module
 from flask_persist_session.backup import back_up, restore
+from flask_persist_session.record_lines import dump_record, load_line
 from tests.conftest import Clock
 from tests.counting import CountingStore
 from tests.servers import DEADLINE, wait_until
@@ -241,6 +245,31 @@ def test_each_count_of_several_batches(
     assert restore({"chat": chats}, path, strategy="overwrite") == RestoreReport(overwritten=5, ended=2)
     clock.advance(40 * 86400)
     assert restore({"chat": chats}, path) == RestoreReport(expired=7)
+
+
+def test_a_session_that_is_twice_in_an_archive(
+    path: str, chats: SessionManager, target: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line counts, however long the store takes for it: others of its id wait until it is stored."""
+    sessions, twice = backup_module._sessions, list[Any]()
+
+    def repeated(members: Any) -> Any:
+        for session in sessions(members):
+            if len(twice) == 2:
+                other = load_line(twice[0].line)[0]
+                yield replace(session, line=dump_record(replace(other, tags=frozenset({"second"}))))
+            twice.append(session)
+            yield session
+
+    def wait(number: int) -> None:
+        if number == 1:
+            time.sleep(0.05)  # in which the second batch would be stored, if it were begun
+
+    monkeypatch.setattr(backup_module, "_sessions", repeated)
+    target.before = wait  # type: ignore[method-assign]
+    report = restore({"chat": chats}, path)
+    assert (report.restored, report.skipped) == (7, 1)
+    assert not [record for record in target.scan() if record.tags]
 
 
 def test_a_dry_run_starts_nothing(path: str, chats: SessionManager, target: Watched) -> None:

@@ -181,6 +181,8 @@ _PAGES_TO_EMPTY = 3000
 #: How many pages it may have before writers are held up for a moment to empty it, and for how many milliseconds somebody
 #: tries to: whoever reads for long keeps the log from being emptied.
 _LONGEST_LOG, _TO_EMPTY_IT = 5000, 5
+#: How many pages it has when a commit copies it after all: what triggers delete and what others write is not counted.
+_MOST_PAGES = 100_000
 #: So often what was added meanwhile is copied before.
 _SHORT_COPIES = 4
 
@@ -215,7 +217,7 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         return cursor
 
     def count_written(self, rows: int, values: Iterable[Any]) -> None:
-        data = sum(len(value) for value in values if type(value) is bytes)
+        data = sum(len(value) for value in values if type(value) is bytes or type(value) is str)
         self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + data // _PAGE_SIZE
 
     def commit(self) -> Any:
@@ -272,9 +274,11 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             try:
                 self._emptying = thread.submit(self._empty_log)
             except RuntimeError:  # the interpreter ends, or there are too many threads
-                with suppress(pw.PeeweeException):
-                    self._copy_log()
+                self._emptying = None
             thread.shutdown(wait=False)
+        if self._emptying is None:
+            with suppress(pw.PeeweeException):
+                self._copy_log()
 
     def _empty_log(self) -> None:
         with suppress(pw.PeeweeException):  # nothing is lost: what is wrong with the disk is told to the next that commits
@@ -396,7 +400,7 @@ def open_sqlite(location: Location) -> tuple[str, Connect, float]:
     pragmas = {
         "journal_mode": "wal",
         "synchronous": options["synchronous"],
-        "wal_autocheckpoint": 0,
+        "wal_autocheckpoint": _MOST_PAGES,
     }
 
     def connect() -> PerThread:

@@ -471,8 +471,8 @@ class SQLStore(SessionStore):
         if not self._by_hour:
             return []
         hour = _hour(self._model.expires_at)
-        conditions = [hour >= _hour(pw.Value(after))] if after is not None else []
-        return conditions + ([hour <= _hour(pw.Value(before))] if before is not None else [])
+        conditions = [hour >= _hour(pw.Value(float(after)))] if after is not None else []
+        return conditions + ([hour <= _hour(pw.Value(float(before)))] if before is not None else [])
 
     def _keys(self, order_by: str) -> list[Any]:
         name, model = order_by.removeprefix("-"), self._model
