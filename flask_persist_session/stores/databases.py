@@ -205,7 +205,7 @@ class _SQLite(PerThread, pw.SqliteDatabase):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._guard = threading.Lock()
         super().__init__(*arguments, **options)
-        if _is_long(f"{self.database}-wal"):
+        if size_of(f"{self.database}-wal") > _LONGEST_LOG * _PAGE_SIZE:
             self._pages = _PAGES_TO_EMPTY  # others left it, and may be gone
 
     def execute_sql(self, sql: str, params: Sequence[Any] | None = None) -> Any:
@@ -410,11 +410,12 @@ def open_sqlite(location: Location) -> tuple[str, Connect, float]:
     return f"the SQLite database {path}", connect, options["timeout"]
 
 
-def _is_long(log: str) -> bool:
+def size_of(path: str) -> int:
+    """The bytes of a file, none if it is missing."""
     try:
-        return os.path.getsize(log) > _LONGEST_LOG * _PAGE_SIZE
+        return os.path.getsize(path)
     except FileNotFoundError:
-        return False
+        return 0
 
 
 def _synchronous(text: str) -> str:

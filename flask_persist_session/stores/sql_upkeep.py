@@ -13,7 +13,7 @@ import peewee as pw
 
 from ..exceptions import SerializationError
 from ..records import Finding, Improvement, SessionRecord
-from .databases import PerThread
+from .databases import PerThread, size_of
 
 _PAGE = 500
 #: SQLite compares indexes and tables of a database up to so many bytes; of a larger one it looks at the pages alone, which
@@ -192,7 +192,7 @@ def _analyse(database: PerThread, table: str) -> Iterator[Improvement]:
 def _truncate_log(database: PerThread) -> Iterator[Improvement]:
     """Bring what is in the log into the database; where somebody reads from it all the time, it stays as long as it is."""
     log = f"{database.database}-wal"
-    before = _size(log)
+    before = size_of(log)
     # First what holds up nobody, so that next to nothing is left for what does.
     for _ in range(_LOOKS):
         [(busy, _, _)] = fetched(database, "PRAGMA wal_checkpoint(PASSIVE)")
@@ -200,17 +200,17 @@ def _truncate_log(database: PerThread) -> Iterator[Improvement]:
             break
         time.sleep(_BETWEEN_LOOKS)  # somebody else copies it just now
     fetched(database, "PRAGMA wal_checkpoint(TRUNCATE)")
-    if (freed := before - _size(log)) > 0:
+    if (freed := before - size_of(log)) > 0:
         yield Improvement(text="emptied the log of the database", freed=freed)
 
 
 def _vacuum(database: PerThread) -> Iterator[Improvement]:
-    before = _size(database.database)
+    before = size_of(database.database)
     fetched(database, "PRAGMA busy_timeout = 5000")
     fetched(database, "VACUUM")
     fetched(database, f"PRAGMA busy_timeout = {_CHECKPOINT_WAIT}")
     fetched(database, "PRAGMA wal_checkpoint(TRUNCATE)")
-    yield Improvement(text="rewrote the database", freed=max(0, before - _size(database.database)))
+    yield Improvement(text="rewrote the database", freed=max(0, before - size_of(database.database)))
 
 
 def _tidy_up_postgresql(database: PerThread, table: str, full: bool) -> Iterator[Improvement]:
@@ -247,10 +247,3 @@ def _maintain(database: PerThread, what: str, table: str) -> None:
 
 def _number(database: PerThread, pragma: str) -> int:
     return int(fetched(database, f"PRAGMA {pragma}")[0][0])
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except FileNotFoundError:
-        return 0
