@@ -357,6 +357,41 @@ def test_optimize_rewrites_files_of_many_states(files: SessionStore, root: Path)
     assert list(files.optimize()) == []
 
 
+def test_optimize_survives_a_session_that_ends_behind_it(
+    files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is that of the file that was replaced: whoever finds the new one may remove the session at once."""
+    files.save(RECORD, expected=0)
+    files.save(following(RECORD, data=bytes(9000)), expected=1)
+    files.save(following(following(RECORD)), expected=2)
+
+    def rewrite_and_lose(path: str, content: bytes, *, sync: bool) -> None:
+        frames.rewrite(path, content, sync=sync)
+        assert files.delete(RECORD.id)
+
+    monkeypatch.setattr(file_upkeep, "rewrite", rewrite_and_lose)
+    file, _directory_of_user = files.optimize()
+    assert "1 files" in file.text
+    assert file.freed > 0
+    assert kinds(files) == []
+
+
+def test_two_may_optimize_at_once(files: SessionStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that another one has just removed is as good as removed."""
+    written(files, root)
+    files.delete(RECORD.id)
+    listed = file_upkeep._entries
+
+    def entries_that_go(folder: str) -> Iterator[os.DirEntry[str]]:
+        for entry in listed(folder):
+            if folder.endswith("users"):
+                os.rmdir(entry.path)
+            yield entry
+
+    monkeypatch.setattr(file_upkeep, "_entries", entries_that_go)
+    assert list(files.optimize()) == []
+
+
 def test_optimize_removes_directories_of_users_without_sessions(files: SessionStore, root: Path) -> None:
     """The directory of a user who has no session any more is removed; the user can sign in again."""
     written(files, root)

@@ -399,9 +399,9 @@ def _compacted(path: str, timeout: float, sync: bool) -> int:
         last = None if handle == NO_FILE or size <= _BLOCK else last_frame(handle, size)
         if last is None or last.transaction or last.end != size or _blocks(last.size) == _blocks(size):
             return 0
-        before = os.fstat(handle).st_blocks
         rewrite(path, read_range(handle, last.size, last.end - last.size), sync=sync)
-        return max(0, before - os.stat(path).st_blocks) * 512
+        # The new file is not asked: the lock is that of the old one, and who has removed the session meanwhile may do so.
+        return (_blocks(size) - _blocks(last.size)) * _BLOCK
     finally:
         unlock(handle)
 
@@ -412,8 +412,8 @@ def _blocks(size: int) -> int:
 
 def _removed_if_empty(path: str) -> int:
     """Remove a directory if nothing is in it; whoever is about to put something there makes it anew."""
-    taken = os.lstat(path).st_blocks * 512
     try:
+        taken = os.lstat(path).st_blocks * 512
         os.rmdir(path)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
