@@ -15,6 +15,7 @@ from flask import Flask
 
 from flask_persist_session import PersistSession, SessionStore, open_store
 from tests.servers import MemcachedServer, MySQLServer, PostgreSQLServer, RedisCluster, RedisServer
+from tests.web import start_fork_server
 
 #: The stores that several processes can share.
 SHARED_STORES = ("file", "sqlite", "redis", "postgresql", "mysql")
@@ -68,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of long files first."""
     places = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    """Start what starts processes, for its imports to be done when the first test needs one."""
+    start_fork_server()
 
 
 @pytest.fixture

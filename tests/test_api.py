@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from flask_persist_session.web.api import Target, api_blueprint
 from flask_persist_session.web.api_openapi import OPERATIONS
 from flask_persist_session.web.api_problems import KINDS
 from tests.conftest import Clock
+from tests.web import PROCESSES
 
 MakeApp = Callable[..., Flask]
 NOBODYS = "123" + "0" * 64
@@ -387,9 +387,8 @@ def test_of_several_processes_one_changes_a_version(shared_url: str, make_app: M
     app = make_app(shared_url)
     client = serve(app)
     path = create(client).headers["Location"]
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(3), context.Queue()
-    workers = [context.Process(target=_patch, args=(shared_url, number, path, barrier, results)) for number in range(3)]
+    barrier, results = PROCESSES.Barrier(3), PROCESSES.Queue()
+    workers = [PROCESSES.Process(target=_patch, args=(shared_url, number, path, barrier, results)) for number in range(3)]
     for worker in workers:
         worker.start()
     outcomes = dict(results.get(timeout=60) for _ in workers)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event
@@ -27,6 +26,7 @@ from flask_persist_session.stores.redis_upkeep import RedisCheck
 from flask_persist_session.stores.sql_upkeep import SQLCheck
 from flask_persist_session.testing import following, make_record
 from tests.servers import RedisServer, wait_until
+from tests.web import PROCESSES
 
 NewURL = Callable[[str], str]
 
@@ -521,9 +521,8 @@ def test_optimizing_while_somebody_copies_the_log(
     sqlite: SessionStore, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store does so after many changes, in a thread of its own; the log is emptied once that is done."""
-    processes = get_context("spawn")
-    ours, theirs = processes.Pipe()
-    copying = processes.Process(target=seem_to_copy, args=(f"{database}-shm", theirs))
+    ours, theirs = PROCESSES.Pipe()
+    copying = PROCESSES.Process(target=seem_to_copy, args=(f"{database}-shm", theirs))
     copying.start()
     ours.recv()
 
@@ -801,10 +800,9 @@ def work(url: str, number: int, stop: Any, started: Any) -> int:
 
 def test_nothing_is_found_while_others_work(shared_url: str) -> None:
     """While processes create, change, end and remove sessions, checks find nothing, and their repairs harm nobody."""
-    context = get_context("spawn")
     findings: list[Finding] = []
     checked = 0
-    with context.Manager() as manager, context.Pool(2) as pool, closing(open_store(shared_url)) as store:
+    with PROCESSES.Manager() as manager, PROCESSES.Pool(2) as pool, closing(open_store(shared_url)) as store:
         stop, started = manager.Event(), manager.Barrier(3)
         working = [pool.apply_async(work, (shared_url, number, stop, started)) for number in range(2)]
         started.wait(60)

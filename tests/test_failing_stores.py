@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from flask_persist_session.tokens import TokenSigner, make_token
 from tests.conftest import Clock
 from tests.counting import CountingStore
 from tests.servers import MySQLServer, RedisServer, connect_to_mysql, free_port
+from tests.web import PROCESSES
 
 MakeApp = Callable[..., Flask]
 #: Far more than any of the timeouts below, far less than waiting for good.
@@ -611,7 +611,7 @@ def test_mysql_that_lets_nobody_in(
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """What *function* returns, or raises, in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(function, *arguments).result(timeout=60)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -33,6 +32,7 @@ from flask_persist_session.stores import file_history
 from flask_persist_session.stores.migrating import MigratingStore
 from flask_persist_session.testing import following, in_processes, make_record
 from tests.servers import RedisServer, connect_to_mysql, wait_until
+from tests.web import PROCESSES
 
 NewURL = Callable[[str], str]
 RECORD = make_record(1)
@@ -336,11 +336,10 @@ def test_a_killed_writer(new_url: NewURL, kind: str) -> None:
     """Of a process that is killed while it appends whole turns are there, each one that it was told was stored."""
     url = new_url(kind)
     store = opened(url)
-    context = multiprocessing.get_context("forkserver")
     for _ in range(4):
-        told = context.Value("q", 0)
+        told = PROCESSES.Value("q", 0)
         start = store.history.count(RECORD.id)
-        process = context.Process(target=_append_for_ever, args=(url, told), daemon=True)
+        process = PROCESSES.Process(target=_append_for_ever, args=(url, told), daemon=True)
         process.start()
         wait_until(lambda told=told, start=start: told.value > start + 30, "some appends")  # type: ignore[misc]
         assert process.pid is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from flask_persist_session import ConfigError, PersistSession, UnsupportedByStor
 from flask_persist_session.upgrade import Import
 from tests.servers import RedisServer, free_port
 from tests.taken_over import ORIGINS, SECRET, Former, add_views, cookie_of, former_app, with_cookie
+from tests.web import PROCESSES
 
 MakeApp = Callable[..., Flask]
 LISTED = tuple(kind for kind in ORIGINS if kind != "memcached")
@@ -235,7 +235,7 @@ def test_an_import_that_is_killed_can_be_repeated(
     former = make_former("redis")
     names = ["Ada", "Bob", "Eve"]
     cookies = sign_in(former, *names)
-    worker = multiprocessing.get_context("spawn").Process(target=import_and_die, args=(shared_url, former.url))
+    worker = PROCESSES.Process(target=import_and_die, args=(shared_url, former.url))
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL

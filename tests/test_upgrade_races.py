@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from flask_persist_session.records import SessionRecord
 from flask_persist_session.stores.base import SessionStore
 from tests.servers import RedisServer
 from tests.taken_over import SECRET, add_views, cookie_of, with_cookie
+from tests.web import PROCESSES
 
 MakeApp = Callable[..., Flask]
-PROCESSES = multiprocessing.get_context("spawn")
 COUNT = 4
 
 

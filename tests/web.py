@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from http.cookies import SimpleCookie
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,9 +21,19 @@ from urllib.parse import urlencode
 from tests.servers import DEADLINE, wait_until
 
 #: Starts processes that share nothing with the one of the tests but what they are handed, and at once: they are forked
-#: from a process that has done nothing but the imports.
+#: from a process that has done nothing but the imports, of what takes long and is used by the tests.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["flask_persist_session", "peewee", "redis"])
+PROCESSES.set_forkserver_preload(
+    [
+        *("pytest", "flask.testing", "flask_login", "flask_session", "flask_sqlalchemy", "flask_wtf", "hypothesis"),
+        *("flask_persist_session.testing", "flask_persist_session.web.api", "tests.conftest", "tests.web"),
+    ]
+)
+
+
+def start_fork_server() -> None:
+    """Let the imports begin; else the first process waits for them."""
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
