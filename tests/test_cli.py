@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pty
+import select
 import shlex
 import struct
 import subprocess
@@ -14,7 +15,6 @@ import sys
 import termios
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import flask.cli
 import pytest
 from cachelib import SimpleCache
 from flask import Flask
@@ -41,6 +42,7 @@ from flask_persist_session.testing import make_record
 from tests.conftest import Clock
 from tests.counting import CountingStore
 from tests.servers import free_port
+from tests.web import PROCESSES, take_streams
 
 MakeApp = Callable[..., Flask]
 
@@ -774,18 +776,29 @@ def in_terminal(folder: Path, columns: int, *arguments: str, answer: str = "") -
     """What the command prints, and its exit status, in a terminal of so many columns where *answer* is typed."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    try:
-        process = subprocess.Popen(
-            command(*arguments), cwd=folder, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
-        )
-    finally:
-        os.close(theirs)
+    process = PROCESSES.Process(target=run_in_terminal, args=(os.ttyname(theirs), folder, command(*arguments)))
+    process.start()
     os.write(ours, answer.encode())
     printed = b""
-    with suppress(OSError), open(ours, "rb", buffering=0) as output:  # a terminal that nobody has open any more
-        while part := output.read(4096):
-            printed += part
-    return process.wait(60), printed.decode().replace("\r\n", "\n")
+    while process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours, process.sentinel], [], [])[0][0] == ours:
+            printed += os.read(ours, 4096)
+    os.close(theirs)
+    os.close(ours)
+    assert process.exitcode is not None
+    return process.exitcode, printed.decode().replace("\r\n", "\n")
+
+
+def run_in_terminal(name: str, folder: Path, command: list[str]) -> None:
+    """Run a command of ``python -m flask`` as a shell does in this terminal."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # the first one that is opened rules a session
+    take_streams(terminal, terminal)
+    os.chdir(folder)
+    for size in ("COLUMNS", "LINES"):
+        os.environ.pop(size, None)
+    sys.argv = command[2:]
+    flask.cli.main()
 
 
 @pytest.mark.parametrize(

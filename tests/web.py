@@ -7,16 +7,18 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from http.cookies import SimpleCookie
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+
+from gunicorn.app import wsgiapp
 
 from tests.servers import DEADLINE, wait_until
 
@@ -25,8 +27,8 @@ from tests.servers import DEADLINE, wait_until
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        *("pytest", "flask.testing", "flask_login", "flask_session", "flask_sqlalchemy", "flask_wtf", "hypothesis"),
-        *("flask_persist_session.testing", "flask_persist_session.web.api", "tests.conftest", "tests.web"),
+        *("pytest", "hypothesis", "flask.cli", "flask.testing", "flask_login", "flask_session", "flask_sqlalchemy"),
+        *("flask_persist_session.testing", "flask_persist_session.web.api", "flask_wtf", "tests.conftest", "tests.web"),
     ]
 )
 
@@ -90,32 +92,23 @@ class Gunicorn:
 
     def __init__(self, folder: Path, target: str, *options: str, **environment: str) -> None:
         self._folder, self._log = folder, folder / "gunicorn.log"
-        self._command = [sys.executable, "-m", "gunicorn", "--keep-alive", "60", *options, target]
+        self._command = ["gunicorn", "--keep-alive", "60", *options, target]
         # gunicorn's control socket goes to the folder as well.
-        self._environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), **environment}
+        self._environment = {"XDG_RUNTIME_DIR": str(folder), **environment}
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._port: int = self._socket.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkServerProcess | None = None
         self._browsers: list[Browser] = []
 
     def start(self) -> None:
-        handle = self._socket.fileno()
-        bind = ["--bind", f"fd://{handle}"]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command + bind,
-                cwd=self._folder,
-                env=self._environment,
-                pass_fds=[handle],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        arguments = (self._socket, self._folder, self._log, self._environment, self._command)
+        self._process = PROCESSES.Process(target=_run_gunicorn, args=arguments, daemon=True)
+        self._process.start()
         wait_until(self._answers, "gunicorn")
 
     def _answers(self) -> bool:
         assert self._process is not None
-        assert self._process.poll() is None, self.log()
+        assert self._process.is_alive(), self.log()
         visitor = Browser(self._port, patience=2)
         try:
             return visitor.get("/").status < 500
@@ -127,8 +120,8 @@ class Gunicorn:
     def kill(self) -> None:
         """End the server and all its workers at once, wherever they are."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            self._process.join()
             self._process = None
 
     def kill_worker(self, pid: int) -> None:
@@ -161,3 +154,24 @@ class Gunicorn:
 
     def log(self) -> str:
         return self._log.read_text()
+
+
+def _run_gunicorn(
+    listening: socket.socket, folder: Path, log: Path, environment: Mapping[str, str], command: list[str]
+) -> None:
+    handle = listening.detach()
+    os.set_inheritable(handle, True)
+    os.setsid()
+    with log.open("ab") as output:
+        take_streams(os.open(os.devnull, os.O_RDONLY), output.fileno())
+    os.environ.update(environment)
+    # Where it was imported is not where it is to work.
+    sys.argv = [*command, "--bind", f"fd://{handle}", "--chdir", str(folder)]
+    wsgiapp.run()
+
+
+def take_streams(given: int, printed: int) -> None:
+    """Make these the standard input, and the output and errors, of a process that was forked."""
+    for stream, handle in enumerate((given, printed, printed)):
+        os.dup2(handle, stream)
+    sys.stdin, sys.stdout, sys.stderr = (open(stream, mode) for stream, mode in enumerate("rww"))  # noqa: SIM115

@@ -42,8 +42,8 @@ PROLONG = """
 
 # What scripts share whose first key is that of a session. An entry is never removed but with all others, so there are as
 # many as the number of the last one says. Whether a session has ended, its facts tell in their 21st byte, and when it was
-# created in the eight from the 9th on. The clock goes on between two looks at it, so lives that differ by less than a second
-# are the same; the margin is a week.
+# created in the eight from the 9th on. The clock goes on between two looks at it, so lives that differ by less than a
+# second are the same; the margin is a week.
 _FACTS = """
 local shard, id = KEYS[1]:match('^(.*):s:(.*)$')
 local facts = redis.call('HGET', KEYS[1], 'facts')
