@@ -368,7 +368,7 @@ def test_a_server_that_loses_its_scripts_gets_them_again(
     manager = new_manager(clock)
     fill(manager)
     path = save_archive(manager, tmp_path).path
-    for script in redis_scripts.CREATE, redis_scripts.EACH:
+    for script in redis_scripts.CREATE, redis_scripts.CREATE_MANY, redis_scripts.EACH:
         monkeypatch.setattr(script, "sha", "0" * 40)
     other = new_manager(clock, new_url("redis"))
     assert counts(load(other, path)) == {"restored": 5}

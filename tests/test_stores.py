@@ -981,6 +981,51 @@ def test_redis_saves_many_of_a_shard_with_few_scripts(client: redis.Redis, redis
     assert _keys(client) == []
 
 
+def test_redis_many_are_created_as_each_alone_is(client: redis.Redis, new_url: NewURL) -> None:
+    """The keys of sessions that one script creates, and how long they live, are those that a script for each makes."""
+    records = [
+        make_record(
+            number * SHARDS,
+            user_id="user 186" if number % 3 else None,  # whose shard is the first one, too
+            tenant_id="acme" if number % 2 else None,
+            tags=frozenset({"chat"}) if number % 5 else frozenset(),
+            version=number % 4 * 2**61 + 1,
+            created_at=1_700_000_000.1 + number,
+            expires_at=1_800_000_000.7 + number * 1e4,
+        )
+        for number in range(60)
+    ]
+    assert len({record.id[:3] for record in records}) == 1
+    alone, together = open_store(new_url("redis")), open_store(new_url("redis"))
+    for record in records:
+        alone.save(record, expected=0)
+    assert all(together.save_many([Change(record=record, expected=0) for record in records]))
+    prefixes = sorted({key.partition(":")[0] for key in _keys(client)})
+    contents, lives = ([{}, {}] for _ in range(2))
+    for key in _keys(client):
+        prefix, _, name = key.partition(":")
+        contents[prefixes.index(prefix)][name] = client.dump(key)
+        lives[prefixes.index(prefix)][name] = round(client.pttl(key) / 60_000)
+    assert contents[0] == contents[1]
+    assert lives[0] == lives[1]
+    alone.close()
+    together.close()
+
+
+def test_redis_of_many_those_that_are_there_are_left(client: redis.Redis, redis_store: SessionStore) -> None:
+    """Whatever a key holds already, it stays as it is, and the others of the script are created."""
+    records = [make_record(number) for number in range(5)]
+    redis_store.save(records[0], expected=0)
+    [key] = client.scan_iter(f"*:s:{records[0].id}", count=1000)
+    keys = [key.decode().replace(records[0].id, record.id) for record in records]
+    client.set(keys[1], "not ours")
+    client.hset(keys[2], "version", "")
+    before = [client.dump(key) for key in keys[:3]]
+    assert redis_store.save_many([Change(record=record, expected=0) for record in records]) == [False] * 3 + [True] * 2
+    assert [client.dump(key) for key in keys[:3]] == before
+    assert [redis_store.get(record.id) for record in records[3:]] == records[3:]
+
+
 def test_redis_script_stays_within_a_shard(client: redis.Redis, redis_store: SessionStore) -> None:
     """What a script saves is on one server of a cluster, and each session gets its own outcome, in the order given."""
     records = [make_record(number, user_id=None) for number in (1, 1 + SHARDS, 2, 1, 3, 3 + SHARDS, 2)]
@@ -1022,7 +1067,7 @@ def test_redis_index_lives_as_long_as_the_longest_of_many(client: redis.Redis, r
 
 
 def test_redis_damaged_index_concerns_its_own_sessions(client: redis.Redis, redis_store: SessionStore) -> None:
-    """One session that cannot be deleted does not keep those that are deleted by the same script."""
+    """One session that cannot be deleted or created does not keep the others of its script from it."""
     records = [make_record(number, user_id=None) for number in range(0, 3 * SHARDS, SHARDS)]
     damaged = make_record(1, user_id="user 186")
     assert damaged.id[:3] == records[0].id[:3]
@@ -1033,6 +1078,10 @@ def test_redis_damaged_index_concerns_its_own_sessions(client: redis.Redis, redi
     with pytest.raises(StoreError):
         redis_store.delete_many([Deletion(id=record.id) for record in every])
     assert [redis_store.get(record.id) is None for record in every] == [True, False, True, True]
+    another = make_record(2, user_id="user 186")
+    with pytest.raises(StoreError):
+        redis_store.save_many([Change(record=record, expected=0) for record in (records[0], another, *records[1:])])
+    assert [redis_store.get(record.id) is None for record in (*records, another)] == [False, False, False, True]
 
 
 def test_redis_script_flush(client: redis.Redis, redis_store: SessionStore) -> None:

@@ -207,6 +207,63 @@ end
 return outcomes
 """)
 
+# KEYS: sessions of one shard, none of them twice. ARGV: version, record, facts and time to live of each. Answers what
+# CREATE says of each, or what is wrong with the index of its user. Most of the time of a short command is that of its call,
+# so what can be is done for all of them at once.
+CREATE_MANY = Script("""
+local shard, outcomes = KEYS[1]:match('^(.*):s:'), {}
+local none_is_there = redis.call('EXISTS', unpack(KEYS)) == 0
+local function is_missing(key)
+  return none_is_there or redis.pcall('HGET', key, 'version') == false
+end
+local longest = {}
+local function live_as_long(index, milliseconds)
+  longest[index] = longest[index] or redis.call('PTTL', index)
+  if longest[index] < milliseconds then
+    redis.call('PEXPIRE', index, milliseconds)
+    longest[index] = milliseconds
+  end
+end
+local function index_by_user(id, user, created_at, milliseconds)
+  local index = shard .. ':u' .. user
+  local added = redis.pcall('ZADD', index, string.format('%.17g', created_at), id)
+  if type(added) == 'table' then return added end
+  live_as_long(index, milliseconds)
+  return 1
+end
+local expiry, facts_of, histories, longest_life = {}, {}, {}, 0
+for number, key in ipairs(KEYS) do
+  outcomes[number] = 0
+  if is_missing(key) then
+    local id, facts, milliseconds = key:sub(-67), ARGV[number * 4 - 1], tonumber(ARGV[number * 4])
+    local expires_at, created_at, _, _, _, user = struct.unpack('<ddI4BHHc0', facts)
+    outcomes[number] = user == '' and 1 or index_by_user(id, user, created_at, milliseconds)
+    if outcomes[number] == 1 then
+      expiry[#expiry + 1], expiry[#expiry + 2] = string.format('%.17g', expires_at), id
+      facts_of[#facts_of + 1], facts_of[#facts_of + 2] = id, facts
+      histories[#histories + 1], histories[#histories + 2] = shard .. ':h:' .. id, shard .. ':hk:' .. id
+      longest_life = math.max(longest_life, milliseconds)
+    end
+  end
+end
+if #expiry == 0 then
+  return outcomes
+end
+redis.call('ZADD', shard .. ':expiry', unpack(expiry))
+redis.call('HSET', shard .. ':facts', unpack(facts_of))
+redis.call('UNLINK', unpack(histories))
+live_as_long(shard .. ':expiry', longest_life)
+live_as_long(shard .. ':facts', longest_life)
+for number, key in ipairs(KEYS) do
+  if outcomes[number] == 1 then
+    local version, record, facts, milliseconds = unpack(ARGV, number * 4 - 3, number * 4)
+    redis.call('HSET', key, 'version', version, 'record', record, 'facts', facts)
+    redis.call('PEXPIRE', key, milliseconds)
+  end
+end
+return outcomes
+""")
+
 # Runs all of the steps or none. Answers the number of the first session in conflict, or 0. Nothing is written before all is
 # known to succeed, for there is no way back. KEYS may name more than the sessions, behind them.
 TRANSACTION = Script(f"""{_STEPS}
@@ -383,11 +440,14 @@ def together(steps: Sequence[Step]) -> tuple[Any, ...]:
 
 
 def call_of(steps: Sequence[Step]) -> Call:
-    """The script that runs each of these steps, and its arguments."""
-    if len(steps) > 1:
-        return EACH, together(steps)
-    [step] = steps
-    return _SCRIPT_OF[step.kind], (1, step.key, *step.arguments)
+    """The script that runs each of these steps, which are of one shard, and its arguments."""
+    if len(steps) == 1:
+        [step] = steps
+        return _SCRIPT_OF[step.kind], (1, step.key, *step.arguments)
+    created = {step.key: step.arguments for step in steps if step.kind == "c"}
+    if len(created) == len(steps):
+        return CREATE_MANY, (len(created), *created, *chain.from_iterable(created.values()))
+    return EACH, together(steps)
 
 
 def at_once(steps: Iterable[Step]) -> Iterator[list[Step]]:
