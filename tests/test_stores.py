@@ -1026,6 +1026,18 @@ def test_redis_of_many_those_that_are_there_are_left(client: redis.Redis, redis_
     assert [redis_store.get(record.id) for record in records[3:]] == records[3:]
 
 
+def test_redis_many_begin_without_a_history(client: redis.Redis, redis_store: SessionStore) -> None:
+    """What is left of a session whose key's own life has ended is not the history of the one that comes in its place."""
+    records = [make_record(number) for number in range(3)]
+    redis_store.save(records[1], expected=0)
+    redis_store.history.append(records[1].id, [b"old"], created_at=1.0)
+    [key] = client.scan_iter(f"*:s:{records[1].id}", count=1000)
+    client.delete(key)
+    assert list(client.scan_iter(f"*:h:{records[1].id}", count=1000))
+    assert all(redis_store.save_many([Change(record=record, expected=0) for record in records]))
+    assert [redis_store.history.count(record.id) for record in records] == [0, 0, 0]
+
+
 def test_redis_script_stays_within_a_shard(client: redis.Redis, redis_store: SessionStore) -> None:
     """What a script saves is on one server of a cluster, and each session gets its own outcome, in the order given."""
     records = [make_record(number, user_id=None) for number in (1, 1 + SHARDS, 2, 1, 3, 3 + SHARDS, 2)]

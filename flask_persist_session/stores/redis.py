@@ -322,8 +322,9 @@ class RedisStore(SessionStore):
         if isinstance(change, Deletion):
             _, key, *given = self._delete_arguments(change.id, change.expected)
             return Step("d", change.id[:3], key, (*given, "", "", ""), 0)
-        _, key, *given = self._save_arguments(change.record)
-        return Step("s" if change.expected else "c", change.id[:3], key, (*given,), len(change.record.data))
+        record = change.record
+        _, key, *given = self._save_arguments(record)
+        return Step("s" if change.expected else "c", record.id[:3], key, (*given,), len(record.data))
 
     # Listing ----------------------------------------------------------------------------------------------------------
 

@@ -226,7 +226,7 @@ local function live_as_long(index, milliseconds)
 end
 local function index_by_user(id, user, created_at, milliseconds)
   local index = shard .. ':u' .. user
-  local added = redis.pcall('ZADD', index, string.format('%.17g', created_at), id)
+  local added = redis.pcall('ZADD', index, created_at, id)
   if type(added) == 'table' then return added end
   live_as_long(index, milliseconds)
   return 1
@@ -239,7 +239,7 @@ for number, key in ipairs(KEYS) do
     local expires_at, created_at, _, _, _, user = struct.unpack('<ddI4BHHc0', facts)
     outcomes[number] = user == '' and 1 or index_by_user(id, user, created_at, milliseconds)
     if outcomes[number] == 1 then
-      expiry[#expiry + 1], expiry[#expiry + 2] = string.format('%.17g', expires_at), id
+      expiry[#expiry + 1], expiry[#expiry + 2] = expires_at, id
       facts_of[#facts_of + 1], facts_of[#facts_of + 2] = id, facts
       histories[#histories + 1], histories[#histories + 2] = shard .. ':h:' .. id, shard .. ':hk:' .. id
       longest_life = math.max(longest_life, milliseconds)
@@ -250,8 +250,10 @@ if #expiry == 0 then
   return outcomes
 end
 redis.call('ZADD', shard .. ':expiry', unpack(expiry))
-redis.call('HSET', shard .. ':facts', unpack(facts_of))
-redis.call('UNLINK', unpack(histories))
+-- A session whose key's own life has ended is in the index until it is noticed, and so long its history may be there.
+if redis.call('HSET', shard .. ':facts', unpack(facts_of)) < #facts_of / 2 then
+  redis.call('UNLINK', unpack(histories))
+end
 live_as_long(shard .. ':expiry', longest_life)
 live_as_long(shard .. ':facts', longest_life)
 for number, key in ipairs(KEYS) do
