@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 import re
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
@@ -13,6 +14,7 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -30,7 +32,7 @@ from flask_persist_session import (
     SessionTooLarge,
     open_store,
 )
-from flask_persist_session.serializers import MAX_DEPTH, SERIALIZERS, Codec
+from flask_persist_session.serializers import MAX_DEPTH, SERIALIZERS, Codec, dump_metadata, load_metadata
 
 MakeApp = Callable[..., Flask]
 EXACT_SERIALIZERS = ("msgpack", "json")
@@ -431,6 +433,34 @@ def test_handler_of_the_application_answers(make_site: Callable[..., Site]) -> N
     assert answer.status_code == 422
     assert "session['bad']" in answer.text
     assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"a": "b", "n": 1, "yes": True, "none": None},
+        {"\N{SNOWMAN}": '\x00\x1f\x7f\u2028 \N{GRINNING FACE} "\\/'},
+        {"half": "\ud800"},
+        {"\ud800": 1},
+        {"large": 2**70, "small": -(2**63)},
+        {1: "a", 1.5: "b", None: "c"},
+        {True: "a"},
+        {"list": [1, {"b": [None]}], "float": 1e22, "tuple": (1, 2)},
+        {"": ""},
+    ],
+)
+def test_metadata_come_back_as_json_has_them(metadata: dict[Any, Any]) -> None:
+    """Whichever way they are written, what is read is what JSON makes of them."""
+    assert load_metadata(dump_metadata(MappingProxyType(metadata))) == json.loads(json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "value", [date(2024, 2, 29), b"x", {1}, float("nan"), float("inf"), Decimal(1), {"nested": [date(2024, 2, 29)]}]
+)
+def test_metadata_that_are_no_json(value: object) -> None:
+    """They are refused, whatever the encoders would make of them."""
+    with pytest.raises(SerializationError, match="metadata must be JSON"):
+        dump_metadata({"plain": "x", "value": value})  # type: ignore[dict-item]
 
 
 def test_metadata_must_be_json(make_site: Callable[..., Site]) -> None:

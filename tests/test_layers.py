@@ -149,7 +149,7 @@ DRIVERS = {
     "redis": {"stores.redis", "stores.redis_clients", "stores.redis_cluster", "origins"},
     "pymemcache": {"origins"},
     "cachelib": {"stores.cachelib", "stores.cached"},
-    "msgspec": {"record_lines"},
+    "msgspec": {"record_lines", "serializers"},
     "ormsgpack": {"serializers"},
     "cryptography": {"envelope"},
     "zstandard": {"envelope"},
