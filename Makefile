@@ -7,6 +7,9 @@ PORT ?= 5000
 # So many processes run the tests, a file at a time each. They wait a lot, so more than there are processors pays.
 WORKERS ?= 4
 
+# Else each process of the tests would compile the package anew where Python is told not to keep what it compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test browser database screenshots lint soak bench clean
 
 demo: $(VENV)/demo.stamp

@@ -26,7 +26,7 @@ CHECKS = {
 }
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", pytest.param("sqlite", marks=pytest.mark.soak)])
 def app(request: pytest.FixtureRequest, make_app: Callable[..., Flask], new_url: Callable[[str], str]) -> Flask:
     app: Flask = make_app(new_url(request.param), TESTING=False)
     PersistSession().namespace("chat", app=app)

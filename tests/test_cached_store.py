@@ -259,7 +259,7 @@ def _after(order: Iterable[str], start: str, change: Callable[[SessionStore], ob
     return [*answers, store.get(RECORD.id), store.get(RECORD.id)]
 
 
-@pytest.mark.parametrize("start", ["cached", "missed", "closed"])
+@pytest.mark.parametrize("start", ["cached", "missed", pytest.param("closed", marks=pytest.mark.soak)])
 def test_a_slow_reader_brings_nothing_back(write: Any, start: str) -> None:
     """In whatever order a reader, a writer and an eviction do their steps, what is read afterwards is what was written."""
     change, left = write

@@ -104,7 +104,7 @@ def test_repair_brings_back_the_last_intact_state(files: SessionStore, root: Pat
     """Wherever the damage of a file begins, a repair leaves it with the last state that ends before it."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    for number in range(60):
+    for number in range(25):
         files.delete(RECORD.id)
         ends = written(files, root)
         start = rng.randrange(ends[-1])

@@ -13,7 +13,7 @@ from tests.web import Gunicorn
 SQLITE_IN_THE_INSTANCE_FOLDER = "no setting at all"
 
 
-@pytest.fixture(params=[SQLITE_IN_THE_INSTANCE_FOLDER, "file", "redis"])
+@pytest.fixture(params=[SQLITE_IN_THE_INSTANCE_FOLDER, pytest.param("file", marks=pytest.mark.soak), "redis"])
 def server(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[[str], str]) -> Iterator[Gunicorn]:
     """The example on two workers."""
     environment = {}

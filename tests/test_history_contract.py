@@ -66,7 +66,7 @@ def _open_both(store: str, old: str) -> SessionStore:
 
 
 class TestMigrating(HistoryLogContract):
-    @pytest.fixture(params=["sqlite-file", "redis-sqlite"])
+    @pytest.fixture(params=["sqlite-file", pytest.param("redis-sqlite", marks=pytest.mark.soak)])
     def open_store(self, request: pytest.FixtureRequest, new_url: NewURL) -> Opener:
         return partial(_open_both, *map(new_url, request.param.split("-")))
 
