@@ -776,7 +776,8 @@ def in_terminal(folder: Path, columns: int, *arguments: str, answer: str = "") -
     """What the command prints, and its exit status, in a terminal of so many columns where *answer* is typed."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = PROCESSES.Process(target=run_in_terminal, args=(os.ttyname(theirs), folder, command(*arguments)))
+    given = (os.ttyname(theirs), folder, command(*arguments))
+    process = PROCESSES.Process(target=run_in_terminal, args=given, daemon=True)
     process.start()
     os.write(ours, answer.encode())
     printed = b""
