@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 
 from flask import Flask, request, session
 
@@ -28,5 +30,14 @@ def create_app() -> Flask:
         """Append a number to the list of a key."""
         session.setdefault(request.form["key"], []).append(int(request.form["number"]))
         return {"pid": os.getpid()}
+
+    @app.get("/trouble/<kind>")
+    def trouble(kind: str) -> str:
+        """Warn of something, or print it."""
+        if kind == "warn":
+            warnings.warn("there is trouble", stacklevel=1)
+        else:
+            print("an error", file=sys.stderr)
+        return kind
 
     return app

@@ -8,7 +8,7 @@ import sqlite3
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flask_persist_session import (
     Change,
     LogEntry,
     SerializationError,
+    SessionNotFound,
     SessionStore,
     StoreError,
     UnsupportedByStore,
@@ -516,6 +517,17 @@ def test_a_history_lives_as_long_as_its_session(new_url: NewURL, client: redis.R
     longer = following(RECORD, expires_at=RECORD.expires_at + 9e6)
     store.save(longer, expected=1)
     assert all(client.pttl(key) > session + 8e9 for key in keys.values())
+
+
+def test_a_history_of_a_session_that_is_about_to_go(new_url: NewURL, client: redis.Redis) -> None:
+    """It is not left for ever, however little time the session has."""
+    url = new_url("redis")
+    store = opened(url)
+    [key] = client.keys(f"{url.rpartition('=')[2]}:*:s:{RECORD.id}")
+    client.pexpire(key, 900)
+    with suppress(SessionNotFound):
+        append(store, 1)
+    assert all(client.pttl(key) != -1 for key in keys_of(client, url).values())
 
 
 def test_a_history_that_was_restored_lives_as_long_as_its_session(new_url: NewURL, client: redis.Redis) -> None:

@@ -109,6 +109,15 @@ def assert_quiet(server: Gunicorn) -> None:
     assert not re.search("error|traceback|warning", server.log(), re.IGNORECASE), server.log()
 
 
+@pytest.mark.parametrize("trouble", ["warn", "print"])
+def test_trouble_of_a_worker_is_seen(serve: Callable[..., Gunicorn], trouble: str) -> None:
+    """What a worker warns of or prints is in the log at once, for the tests that want none there."""
+    server = serve("--workers", "1")
+    server.browser().get(f"/trouble/{trouble}")
+    with pytest.raises(AssertionError):
+        assert_quiet(server)
+
+
 def test_workers_share_a_session(serve: Callable[..., Gunicorn]) -> None:
     """What one worker stores the others read in the next request, and change in their turn."""
     server = serve("--workers", "3", "--threads", "2")

@@ -135,7 +135,7 @@ def test_two_tabs_on_two_servers_stay_in_step(tmp_path: Path, new_url: Callable[
             server.stop()
 
 
-@pytest.mark.parametrize("store", ["sqlite", *(pytest.param(store, marks=pytest.mark.soak) for store in ("file", "redis"))])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("file", marks=pytest.mark.soak), "redis"])
 def test_an_answer_outlives_the_server(start: Start, store: str, new_url: Callable[[str], str]) -> None:
     """A server killed in the middle of an answer gives it once it runs again, whole and once, to those who come back."""
     server = start(FLASK_PERSIST_SESSION_STORE=new_url(store), FLASK_CHAT_PACE="0.5", FLASK_CHAT_STALE="1")

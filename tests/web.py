@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from http.cookies import SimpleCookie
@@ -23,7 +24,8 @@ from gunicorn.app import wsgiapp
 from tests.servers import DEADLINE, wait_until
 
 #: Starts processes that share nothing with the one of the tests but what they are handed, and at once: they are forked
-#: from a process that has done nothing but the imports, of what takes long and is used by the tests.
+#: from a process that has done nothing but the imports, of what takes long and is used by the tests. Their environment is
+#: that of its start.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
@@ -102,8 +104,9 @@ class Gunicorn:
 
     def start(self) -> None:
         arguments = (self._socket, self._folder, self._log, self._environment, self._command)
-        self._process = PROCESSES.Process(target=_run_gunicorn, args=arguments, daemon=True)
-        self._process.start()
+        process = PROCESSES.Process(target=_run_gunicorn, args=arguments, daemon=True)
+        process.start()
+        self._process = process
         wait_until(self._answers, "gunicorn")
 
     def _answers(self) -> bool:
@@ -120,7 +123,10 @@ class Gunicorn:
     def kill(self) -> None:
         """End the server and all its workers at once, wherever they are."""
         if self._process is not None:
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            assert self._process.pid
+            with suppress(ProcessLookupError):  # it has not come to have a group of its own
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.join()
             self._process = None
 
@@ -174,4 +180,6 @@ def take_streams(given: int, printed: int) -> None:
     """Make these the standard input, and the output and errors, of a process that was forked."""
     for stream, handle in enumerate((given, printed, printed)):
         os.dup2(handle, stream)
-    sys.stdin, sys.stdout, sys.stderr = (open(stream, mode) for stream, mode in enumerate("rww"))  # noqa: SIM115
+    # Line by line, as Python's own: who is killed has printed what was to be printed.
+    sys.stdin = open(0)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, errors="backslashreplace") for stream in (1, 2))  # noqa: SIM115

@@ -61,7 +61,7 @@ local function live_as_long(key)
   local session, own = redis.call('PTTL', KEYS[1]), redis.call('PTTL', key)
   if session < 0 then
     redis.call('PERSIST', key)
-  elseif own + 1000 < session then
+  elseif own < 0 or own + 1000 < session then
     redis.call('PEXPIRE', key, session)
   end
 end

@@ -212,6 +212,9 @@ return outcomes
 # so what can be is done for all of them at once.
 CREATE_MANY = Script("""
 local shard, outcomes = KEYS[1]:match('^(.*):s:'), {}
+-- Fails where an index that all share is damaged, before anything is written.
+redis.call('ZCARD', shard .. ':expiry')
+redis.call('HLEN', shard .. ':facts')
 local none_is_there = redis.call('EXISTS', unpack(KEYS)) == 0
 local function is_missing(key)
   return none_is_there or redis.pcall('HGET', key, 'version') == false
@@ -250,10 +253,8 @@ if #expiry == 0 then
   return outcomes
 end
 redis.call('ZADD', shard .. ':expiry', unpack(expiry))
--- A session whose key's own life has ended is in the index until it is noticed, and so long its history may be there.
-if redis.call('HSET', shard .. ':facts', unpack(facts_of)) < #facts_of / 2 then
-  redis.call('UNLINK', unpack(histories))
-end
+redis.call('HSET', shard .. ':facts', unpack(facts_of))
+redis.call('UNLINK', unpack(histories))
 live_as_long(shard .. ':expiry', longest_life)
 live_as_long(shard .. ':facts', longest_life)
 for number, key in ipairs(KEYS) do
