@@ -62,11 +62,7 @@ if user ~= '' then
   redis.call('ZADD', indexes[3], string.format('%.17g', created_at), id)
 end
 for _, index in ipairs(indexes) do
-  longest[index] = longest[index] or redis.call('PTTL', index)
-  if longest[index] < tonumber(ARGV[4]) then
-    redis.call('PEXPIRE', index, ARGV[4])
-    longest[index] = tonumber(ARGV[4])
-  end
+  live_as_long(index, tonumber(ARGV[4]))
 end
 return 1
 """
@@ -74,10 +70,20 @@ return 1
 # The same for a session that must not be there yet, whatever its version.
 _CREATING = _SAVING.replace("stored[1] ~= tostring(ARGV[1] - 1)", "stored[1]", 1)
 
-# The time to live of an index by its key: once one of its sessions was saved, it stays for as long as the script runs.
-_LONGEST = "local longest = {}"
+# Lets an index live as long as a session in it does. By their keys: what is known of their times to live, which nobody else
+# changes while the script runs.
+_LIVE_AS_LONG = """
+local longest = {}
+local function live_as_long(index, milliseconds)
+  longest[index] = longest[index] or redis.call('PTTL', index)
+  if longest[index] < milliseconds then
+    redis.call('PEXPIRE', index, milliseconds)
+    longest[index] = milliseconds
+  end
+end
+"""
 
-SAVE, CREATE = Script(f"{_LONGEST}{_SAVING}"), Script(f"{_LONGEST}{_CREATING}")
+SAVE, CREATE = Script(f"{_LIVE_AS_LONG}{_SAVING}"), Script(f"{_LIVE_AS_LONG}{_CREATING}")
 
 # Takes a session out of everything but its own key; its user is known to the facts alone.
 _FORGET = f"""
@@ -185,8 +191,7 @@ return open
 _SCRIPT_OF = {"s": SAVE, "c": CREATE, "d": DELETE}
 
 # KEYS: sessions. ARGV: four for each, as for the scripts above, and at last the letters of these scripts.
-_STEPS = f"""
-{_LONGEST}
+_STEPS = f"""{_LIVE_AS_LONG}
 local kinds, scripts = ARGV[#ARGV], {{}}
 scripts.s = function(KEYS, ARGV) {_SAVING} end
 scripts.c = function(KEYS, ARGV) {_CREATING} end
@@ -210,22 +215,14 @@ return outcomes
 # KEYS: sessions of one shard, none of them twice. ARGV: version, record, facts and time to live of each. Answers what
 # CREATE says of each, or what is wrong with the index of its user. Most of the time of a short command is that of its call,
 # so what can be is done for all of them at once.
-CREATE_MANY = Script("""
-local shard, outcomes = KEYS[1]:match('^(.*):s:'), {}
+CREATE_MANY = Script(f"""{_LIVE_AS_LONG}
+local shard, outcomes = KEYS[1]:match('^(.*):s:'), {{}}
 -- Fails where an index that all share is damaged, before anything is written.
 redis.call('ZCARD', shard .. ':expiry')
 redis.call('HLEN', shard .. ':facts')
 local none_is_there = redis.call('EXISTS', unpack(KEYS)) == 0
 local function is_missing(key)
   return none_is_there or redis.pcall('HGET', key, 'version') == false
-end
-local longest = {}
-local function live_as_long(index, milliseconds)
-  longest[index] = longest[index] or redis.call('PTTL', index)
-  if longest[index] < milliseconds then
-    redis.call('PEXPIRE', index, milliseconds)
-    longest[index] = milliseconds
-  end
 end
 local function index_by_user(id, user, created_at, milliseconds)
   local index = shard .. ':u' .. user
@@ -234,7 +231,7 @@ local function index_by_user(id, user, created_at, milliseconds)
   live_as_long(index, milliseconds)
   return 1
 end
-local expiry, facts_of, histories, longest_life = {}, {}, {}, 0
+local expiry, facts_of, histories, longest_life = {{}}, {{}}, {{}}, 0
 for number, key in ipairs(KEYS) do
   outcomes[number] = 0
   if is_missing(key) then
