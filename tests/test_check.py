@@ -99,12 +99,15 @@ def overgrown(content: bytes, start: int, rng: random.Random) -> bytes:
     return content[:start] + rng.randbytes(rng.randrange(1, 3000))
 
 
+@pytest.mark.parametrize("rounds", [25, pytest.param(60, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("damage", [cut, flipped, zeroed, overgrown])
-def test_repair_brings_back_the_last_intact_state(files: SessionStore, root: Path, damage: Callable[..., bytes]) -> None:
+def test_repair_brings_back_the_last_intact_state(
+    files: SessionStore, root: Path, damage: Callable[..., bytes], rounds: int
+) -> None:
     """Wherever the damage of a file begins, a repair leaves it with the last state that ends before it."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    for number in range(25):
+    for number in range(rounds):
         files.delete(RECORD.id)
         ends = written(files, root)
         start = rng.randrange(ends[-1])

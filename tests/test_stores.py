@@ -829,10 +829,7 @@ def test_sql_database_made_by_many(new_url: NewURL, kind: str) -> None:
         store.close()
 
 
-@pytest.mark.parametrize(
-    ("kind", "count"),
-    [("sqlite", 260_000), ("postgresql", 70_000), ("mysql", 70_000)],
-)
+@pytest.mark.parametrize(("kind", "count"), [("sqlite", 260_000), ("postgresql", 70_000), ("mysql", 70_000)])
 def test_sql_query_of_many_ids(new_url: NewURL, kind: str, count: int) -> None:
     """A query may name more ids than a statement can have parameters."""
     store = open_store(new_url(kind))

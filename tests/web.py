@@ -1,4 +1,4 @@
-"""What the tests with processes share: a gunicorn of their own, and browsers that talk to it."""
+"""What the tests with processes share: how these start, a gunicorn of their own, and browsers that talk to it."""
 
 from __future__ import annotations
 
