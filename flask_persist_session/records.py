@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar
+
+_T = TypeVar("_T")
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 State: TypeAlias = Literal["active", "expired", "ended"]
@@ -34,6 +36,23 @@ def is_id_prefix(value: str) -> bool:
     return _ID_PREFIX.fullmatch(value) is not None
 
 
+def _setting_slots(cls: type[_T]) -> type[_T]:
+    """Give a frozen dataclass, without defaults, an ``__init__`` that sets its slots; its own looks up each by its name.
+
+    That takes twice as long or more, and every request makes some records, a restore a million.
+    """
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    setters = {f"set_{name}": cls.__dict__[name].__set__ for name in names}
+    body = "".join(f"\n set_{name}(self, {name})" for name in names)
+    made: dict[str, Any] = {}
+    exec(f"def __init__(self, *, {', '.join(names)}):{body}", setters, made)
+    made["__init__"].__qualname__ = cls.__init__.__qualname__  # which is what is said where an argument is missing
+    made["__init__"].__annotations__ = cls.__init__.__annotations__
+    cls.__init__ = made["__init__"]  # type: ignore[method-assign]
+    return cls
+
+
+@_setting_slots
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRecord:
     """What a store keeps of one session. All times are seconds since the epoch, UTC."""
