@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -151,8 +151,12 @@ class PerThread(pw.Database):
         """A transaction of so many changes that what follows from them is not to be left to the next request."""
         return self.atomic()
 
-    def count_written(self, rows: int, values: Iterable[Any]) -> None:
-        """Told of rows, and of the values in them, that a transaction writes without ``execute_sql``."""
+    def insert_rows(self, sql: str, values: Sequence[Any], size: int) -> int:
+        """Run a statement that inserts many rows, with about so many bytes of data; returns how many were inserted."""
+        return int(self.execute_sql(sql, values).rowcount)  # type: ignore[no-untyped-call]
+
+    def count_written(self, rows: int, size: int) -> None:
+        """Told how many rows, and about how many bytes of data, a transaction writes without ``execute_sql``."""
 
     def settle(self) -> None:
         """Return once nothing goes on any more that a transaction left to do."""
@@ -211,14 +215,19 @@ class _SQLite(PerThread, pw.SqliteDatabase):
     def execute_sql(self, sql: str, params: Sequence[Any] | None = None) -> Any:
         cursor = self._run(sql, params)
         if cursor.rowcount > 0:
-            self.count_written(cursor.rowcount, params or ())
+            size = sum(len(value) for value in params or () if type(value) is bytes or type(value) is str)
+            self.count_written(cursor.rowcount, size)
             if self._pages > _PAGES_TO_EMPTY and not self.in_transaction():
                 self._empty_log_beside()
         return cursor
 
-    def count_written(self, rows: int, values: Iterable[Any]) -> None:
-        data = sum(len(value) for value in values if type(value) is bytes or type(value) is str)
-        self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + data // _PAGE_SIZE
+    def insert_rows(self, sql: str, values: Sequence[Any], size: int) -> int:
+        inserted = int(self._run(sql, values).rowcount)
+        self.count_written(inserted, size)
+        return inserted
+
+    def count_written(self, rows: int, size: int) -> None:
+        self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + size // _PAGE_SIZE
 
     def commit(self) -> Any:
         committed = super().commit()

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from itertools import chain, islice
+from itertools import chain, compress, count, islice
 from operator import itemgetter
 from typing import Any
 
@@ -75,6 +75,11 @@ _MANY = 100
 #: What is added to the name of a table for those of its indexes; the last one by PostgreSQL.
 _NAMES_OF_INDEXES = ("_expiry", "_user", "_pkey")
 _COLUMNS = tuple(field.name for field in fields(SessionRecord))
+#: The names of what statements are given, in their order: those that store a record, and the others.
+_OF_RECORD = (*_COLUMNS, "expected")
+_OF_ID = ("id", "expected")
+#: Where the data are in a row that is inserted.
+_DATA = -1
 
 
 def open_location(location: Location, namespace: str) -> SQLStore:
@@ -271,10 +276,9 @@ class SQLStore(SessionStore):
         After every single statement the driver waits for the interpreter, in which other threads compute, for 5 ms each.
         """
         parts = [rows[start : start + database.rows_at_once] for start in range(0, len(rows), database.rows_at_once)]
-        statements = [(self._insert.of_rows(len(part)), tuple(chain.from_iterable(part))) for part in parts]
+        statements = [(*self._insert.of_rows(part), sum(len(row[_DATA]) for row in part)) for part in parts]
         with suppress(_SomeAreThere), database.of_many():
-            run: Any = database.execute_sql
-            inserted = sum(run(*statement).rowcount for statement in statements)
+            inserted = sum(database.insert_rows(*statement) for statement in statements)
             if 0 < inserted < len(rows):
                 raise _SomeAreThere
             return bool(inserted)
@@ -400,7 +404,7 @@ class SQLStore(SessionStore):
     def _row(self, session_id: str) -> Any:
         with translated:
             database: pw.Database = self._ready_database()
-            return database.execute_sql(*self._get({"id": session_id})).fetchone()
+            return database.execute_sql(*self._get((session_id, None))).fetchone()
 
     # A single statement is a transaction of its own, and SQLite takes the write lock at its start just as it does for
     # BEGIN IMMEDIATE, waiting for it within the timeout.
@@ -415,8 +419,7 @@ class SQLStore(SessionStore):
         if not is_session_id(deletion.id):
             return False
         statement = self._delete if deletion.expected is None else self._delete_version
-        values = {"id": deletion.id, "expected": deletion.expected}
-        return bool(database.execute_sql(*statement(values)).rowcount)
+        return bool(database.execute_sql(*statement((deletion.id, deletion.expected))).rowcount)
 
     def _compile(self) -> tuple[_Statement, ...]:
         """The hot statements. peewee needs several times as long to build one as SQLite needs to run it."""
@@ -426,13 +429,13 @@ class SQLStore(SessionStore):
         changing = {name: value for name, value in columns.items() if name not in FIXED_FIELDS}
         this, unchanged = model.id == given("id"), model.version == given("expected")
         queries = (
-            model.select(*(getattr(model, name) for name in _COLUMNS)).where(this),
-            model.insert(columns).on_conflict_ignore().as_rowcount(),
-            model.update(changing).where(this & unchanged),
-            model.delete().where(this),
-            model.delete().where(this & unchanged),
+            (model.select(*(getattr(model, name) for name in _COLUMNS)).where(this), _OF_ID),
+            (model.insert(columns).on_conflict_ignore().as_rowcount(), _OF_RECORD),
+            (model.update(changing).where(this & unchanged), _OF_RECORD),
+            (model.delete().where(this), _OF_ID),
+            (model.delete().where(this & unchanged), _OF_ID),
         )
-        return tuple(_Statement(*query.bind(self._database).sql()) for query in queries)
+        return tuple(_Statement(*query.bind(self._database).sql(), given=names) for query, names in queries)
 
     # Many rows --------------------------------------------------------------------------------------------------------
 
@@ -685,40 +688,47 @@ def _placeholder(name: str) -> pw.Value:
 
 
 class _Statement:
-    """SQL that peewee compiled once; calling it with the values gives what ``execute_sql`` takes."""
+    """SQL that peewee compiled once; calling it with the values *given* gives what ``execute_sql`` takes."""
 
-    def __init__(self, sql: str, parameters: Sequence[Any]) -> None:
+    def __init__(self, sql: str, parameters: Sequence[Any], *, given: tuple[str, ...]) -> None:
         assert all(isinstance(name, _Placeholder) for name in parameters)
         self._sql = sql
-        self._in_order: Any = itemgetter(*map(str, parameters))
+        self._in_order: Any = itemgetter(*map(given.index, parameters))
         self._is_single = len(parameters) == 1
 
-    def __call__(self, values: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def __call__(self, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         given = self._in_order(values)
         return self._sql, (given,) if self._is_single else given
 
-    def of_rows(self, number: int) -> str:
-        """The SQL that does for so many rows what this one does for one, whose values stand in parentheses."""
+    def of_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[str, tuple[Any, ...]]:
+        """SQL that does for many *rows* what this one does for one, whose values stand in parentheses; and the values.
+
+        A column that none of the rows fills is NULL in the SQL: for each None, the driver of SQLite looks for an adapter.
+        """
         before, row, after = re.split(r"(\((?:%s|\?)(?:, (?:%s|\?))*\))", self._sql)
-        return before + ", ".join([row] * number) + after
+        unused = (None,) * len(rows)
+        used = [column != unused for column in zip(*rows, strict=True)]
+        cells = [cell if is_used else "NULL" for cell, is_used in zip(row[1:-1].split(", "), used, strict=True)]
+        values = chain.from_iterable(map(itemgetter(*compress(count(), used)), rows))
+        return before + ", ".join([f"({', '.join(cells)})"] * len(rows)) + after, tuple(values)
 
 
-def _values(record: SessionRecord, expected: int) -> dict[str, Any]:
-    return {
-        "expected": expected,
-        "id": record.id,
-        "user_id": record.user_id,
-        "tenant_id": record.tenant_id,
-        "tags": dump_tags(record.tags),
-        "metadata": dump_metadata(record.metadata),
-        "data": record.data,
-        "created_at": record.created_at,
-        "accessed_at": record.accessed_at,
-        "expires_at": record.expires_at,
-        "ended_at": record.ended_at,
-        "end_reason": record.end_reason,
-        "version": record.version,
-    }
+def _values(record: SessionRecord, expected: int) -> tuple[Any, ...]:
+    return (
+        record.id,
+        record.user_id,
+        record.tenant_id,
+        dump_tags(record.tags),
+        dump_metadata(record.metadata),
+        record.data,
+        record.created_at,
+        record.accessed_at,
+        record.expires_at,
+        record.ended_at,
+        record.end_reason,
+        record.version,
+        expected,
+    )
 
 
 def _record(row: Sequence[Any]) -> SessionRecord:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any
 
 from ..records import LogEntry, is_session_id
@@ -222,11 +221,11 @@ class _Run:
 
     def __call__(self, name: str, *values: Any) -> Any:
         self._cursor.execute(self._statements[name], values)
-        self._written(self._cursor.rowcount, ())
+        self._written(self._cursor.rowcount, 0)
         return self._cursor
 
     def many(self, rows: list[tuple[Any, ...]]) -> None:
         """Insert entries."""
         if rows:
             self._cursor.executemany(self._statements["insert"], rows)
-            self._written(len(rows), chain.from_iterable(rows))
+            self._written(len(rows), sum(len(value) for row in rows for value in row if type(value) is bytes))
