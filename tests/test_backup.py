@@ -12,6 +12,7 @@ import re
 import signal
 import sqlite3
 import stat
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,7 +44,7 @@ from flask_persist_session import (
 )
 from flask_persist_session import archive as archive_module
 from flask_persist_session.announcer import Announcer
-from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST
+from flask_persist_session.archive import LARGEST_MEMBER, MANIFEST, fastest_zlib
 from flask_persist_session.auto_backup import AutomaticBackup
 from flask_persist_session.backup import Strategy, back_up, restore
 from flask_persist_session.backup_files import backups_in, newest_before
@@ -430,11 +432,36 @@ ODD_MEMBERS: dict[str, tuple[tarfile.TarInfo, bytes]] = {
 }
 
 
+@pytest.fixture(params=["isal.isal_zlib", "zlib"])
+def compression(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that compresses archives, and is used to do so."""
+    module: ModuleType = pytest.importorskip(request.param)
+    monkeypatch.setattr(archive_module, "fastest_zlib", lambda: module)
+    return module
+
+
 @pytest.fixture
-def good(manager: SessionManager, tmp_path: Path) -> str:
+def good(manager: SessionManager, tmp_path: Path, compression: ModuleType) -> str:
     """The path of an archive of five sessions, which the manager still has."""
     fill(manager)
     return save_archive(manager, tmp_path / "good").path
+
+
+def test_each_compression_reads_what_the_other_wrote(
+    good: str, manager: SessionManager, clock: Clock, compression: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive may be restored where isal is installed, and was not, or the other way round."""
+    other = fastest_zlib() if compression is zlib else zlib
+    monkeypatch.setattr(archive_module, "fastest_zlib", lambda: other)
+    empty = new_manager(clock)
+    load(empty, good)
+    assert contents(empty.store) == contents(manager.store)
+
+
+def test_without_isal_it_is_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra may be missing."""
+    monkeypatch.setitem(sys.modules, "isal", None)
+    assert fastest_zlib() is zlib
 
 
 def assert_refused(path: object, clock: Clock, message: str) -> None:

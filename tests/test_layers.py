@@ -153,6 +153,7 @@ DRIVERS = {
     "ormsgpack": {"serializers"},
     "cryptography": {"envelope"},
     "zstandard": {"envelope"},
+    "isal": {"archive"},
     "ua_parser": {"web.devices"},
     "pydantic": {"web.api_schemas"},
 }
@@ -165,6 +166,7 @@ OPTIONAL = (
     "pydantic",
     "cryptography",
     "zstandard",
+    "isal",
     "hypothesis",
     "pytest",
 )
