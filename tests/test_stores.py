@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -42,7 +42,7 @@ from flask_persist_session import (
     open_store,
 )
 from flask_persist_session.serializers import pack_record
-from flask_persist_session.stores import databases
+from flask_persist_session.stores import databases, sql
 from flask_persist_session.stores.base import add_up
 from flask_persist_session.stores.cached import CachedStore
 from flask_persist_session.stores.frames import framed
@@ -649,6 +649,42 @@ def test_sqlite_looks_for_the_lock_often(database: Path, monkeypatch: pytest.Mon
     store.close()
 
 
+def test_sqlite_inserts_many_in_a_single_statement(database: Path) -> None:
+    """The lock is taken once the values are bound, and there is no moment at which who has it waits for other threads."""
+    store, statements = open_store(f"sqlite:///{database}"), list[str]()
+    store.get(make_record().id)
+    store._database.connection().set_trace_callback(statements.append)  # type: ignore[attr-defined]
+    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(100)]))
+    assert [statement.split()[0] for statement in statements] == ["PRAGMA", "INSERT"]
+    store.close()
+
+
+def test_sqlite_binds_no_value_of_a_column_that_no_row_fills(database: Path) -> None:
+    """To bind None takes its driver longer than any other value."""
+    store = open_store(f"sqlite:///{database}")
+    empty = {"tenant_id": None, "ended_at": None, "end_reason": None}
+    rows = [sql._values(make_record(number, **empty), 0)[:-1] for number in range(3)]  # type: ignore[attr-defined]
+    statement, values = store._insert_new.of_rows(rows)  # type: ignore[attr-defined]
+    assert (statement.count("NULL"), statement.count("?"), len(values)) == (9, 27, 27)
+    assert None not in values
+    store.close()
+
+
+def test_sqlite_inserts_rows_of_several_statements_together(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older releases take few values at once. If one of them is there, the others are stored all the same, each once."""
+    monkeypatch.setattr(databases._SQLite, "rows_at_once", 30)
+    store, statements = open_store(f"sqlite:///{database}"), list[str]()
+    changes = [Change(record=make_record(number), expected=0) for number in range(200)]
+    assert all(store.save_many(changes[:100]))
+    store._database.connection().set_trace_callback(statements.append)  # type: ignore[attr-defined]
+    assert all(store.save_many(changes[100:]))
+    assert [statement.split()[0] for statement in statements] == ["PRAGMA", "BEGIN", *["INSERT"] * 4, "COMMIT"]
+    store.delete(changes[50].id)
+    assert store.save_many(changes) == [change is changes[50] for change in changes]
+    assert store.count(SessionQuery()) == 200
+    store.close()
+
+
 def test_sqlite_waits_for_no_table_whose_name_says_locked(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error whose message has the word in a name only is told at once."""
     store, pauses = open_store(f"sqlite:///{database}?timeout=0.05"), list[float]()
@@ -827,6 +863,32 @@ def test_sql_database_made_by_many(new_url: NewURL, kind: str) -> None:
         store = open_store(url)
         assert store.count(SessionQuery()) == 8
         store.close()
+
+
+@pytest.mark.parametrize("there", [(), (7,), range(1100)], ids=["none", "one", "all"])
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mysql"])
+def test_sql_many_new_sessions(new_url: NewURL, kind: str, there: Sequence[int]) -> None:
+    """Those that are missing are stored, with every field; one that is there is a conflict, and stays as it is."""
+    store = open_store(new_url(kind))
+    assert all(store.save_many([Change(record=make_record(number, data=b"old"), expected=0) for number in there]))
+    records = [make_record(number, tenant_id="acme" if number % 3 else None, ended_at=None) for number in range(1100)]
+    outcomes = store.save_many([Change(record=record, expected=0) for record in records])
+    assert outcomes == [number not in there for number in range(1100)]
+    expected = [make_record(number, data=b"old") if number in there else records[number] for number in range(1100)]
+    assert list(store.find(SessionQuery(order_by="id"))) == sorted(expected, key=lambda record: record.id)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mysql"])
+def test_sql_many_new_sessions_of_which_one_comes_twice(new_url: NewURL, kind: str) -> None:
+    """The first of the two is stored, and the second one is a conflict."""
+    store = open_store(new_url(kind))
+    changes = [Change(record=make_record(number), expected=0) for number in range(150)]
+    again = Change(record=make_record(3, data=b"again"), expected=0)
+    assert store.save_many([*changes, again]) == [True] * 150 + [False]
+    assert store.save_many([*changes, again]) == [False] * 151
+    assert store.get(again.id) == changes[3].record
+    store.close()
 
 
 @pytest.mark.parametrize(("kind", "count"), [("sqlite", 260_000), ("postgresql", 70_000), ("mysql", 70_000)])

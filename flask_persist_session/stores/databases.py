@@ -151,9 +151,14 @@ class PerThread(pw.Database):
         """A transaction of so many changes that what follows from them is not to be left to the next request."""
         return self.atomic()
 
-    def insert_rows(self, sql: str, values: Sequence[Any], size: int) -> int:
-        """Run a statement that inserts many rows, with about so many bytes of data; returns how many were inserted."""
-        return int(self.execute_sql(sql, values).rowcount)  # type: ignore[no-untyped-call]
+    def insert_many(self, statements: Sequence[tuple[str, Sequence[Any]]], rows: int, size: int) -> None:
+        """Run statements that insert so many rows, with about so many bytes of data: all of them or none.
+
+        Raises ``IntegrityError`` if one of the rows is there already.
+        """
+        with self.of_many():
+            for statement in statements:
+                self.execute_sql(*statement)  # type: ignore[no-untyped-call]
 
     def count_written(self, rows: int, size: int) -> None:
         """Told how many rows, and about how many bytes of data, a transaction writes without ``execute_sql``."""
@@ -217,23 +222,33 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         if cursor.rowcount > 0:
             size = sum(len(value) for value in params or () if type(value) is bytes or type(value) is str)
             self.count_written(cursor.rowcount, size)
-            if self._pages > _PAGES_TO_EMPTY and not self.in_transaction():
-                self._empty_log_beside()
+            if not self.in_transaction():
+                self._after_commit()
         return cursor
 
-    def insert_rows(self, sql: str, values: Sequence[Any], size: int) -> int:
-        inserted = int(self._run(sql, values).rowcount)
-        self.count_written(inserted, size)
-        return inserted
+    def insert_many(self, statements: Sequence[tuple[str, Sequence[Any]]], rows: int, size: int) -> None:
+        if len(statements) > 1:
+            super().insert_many(statements, rows, size)
+            return
+        self._prepare_for_many()
+        with self._turn():
+            # Not between BEGIN and COMMIT: so the lock is taken once the values are bound, and nothing that holds it waits
+            # for the interpreter, in which other threads compute.
+            self._run(*statements[0])
+        self.count_written(rows, size)
+        self._after_commit()
 
     def count_written(self, rows: int, size: int) -> None:
         self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + size // _PAGE_SIZE
 
     def commit(self) -> Any:
         committed = super().commit()
+        self._after_commit()
+        return committed
+
+    def _after_commit(self) -> None:
         if self._pages > _PAGES_TO_EMPTY:
             self._empty_log_beside()
-        return committed
 
     def beyond(self, keys: Sequence[Any], values: Sequence[Any], *, descending: bool) -> Any:
         # Of several it does not see where in the index to begin if the first is an expression.
@@ -242,10 +257,14 @@ class _SQLite(PerThread, pw.SqliteDatabase):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
+        with self._turn(), self.atomic():
+            yield
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         time.sleep(max(0.0, self._others_until - time.monotonic()))
         try:
-            with self.atomic():
-                yield
+            yield
         finally:
             self._let_others()
 
@@ -259,10 +278,13 @@ class _SQLite(PerThread, pw.SqliteDatabase):
 
     @contextmanager
     def of_many(self) -> Iterator[None]:
-        self.settle()
-        self._run(f"PRAGMA cache_size = -{_CACHE_OF_MANY}")
+        self._prepare_for_many()
         with self.in_turn():
             yield
+
+    def _prepare_for_many(self) -> None:
+        self.settle()
+        self._run(f"PRAGMA cache_size = -{_CACHE_OF_MANY}")
 
     def settle(self) -> None:
         emptying = self._emptying

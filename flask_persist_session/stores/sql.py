@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import chain, compress, count, islice
 from operator import itemgetter
@@ -78,8 +78,6 @@ _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 #: The names of what statements are given, in their order: those that store a record, and the others.
 _OF_RECORD = (*_COLUMNS, "expected")
 _OF_ID = ("id", "expected")
-#: Where the data are in a row that is inserted.
-_DATA = -1
 
 
 def open_location(location: Location, namespace: str) -> SQLStore:
@@ -96,10 +94,6 @@ def open_location(location: Location, namespace: str) -> SQLStore:
 
 class _WrongSchema(StoreError):
     """The table is that of another release."""
-
-
-class _SomeAreThere(Exception):
-    """Of rows that were to be inserted together."""
 
 
 class SQLStore(SessionStore):
@@ -136,7 +130,8 @@ class SQLStore(SessionStore):
         self._by_hour = of_sqlite
         self.writers = 1 if of_sqlite else SessionStore.writers
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
-        self._get, self._insert, self._update, self._delete, self._delete_version = self._compile()
+        self._get, self._insert_new, self._insert, self._update, *deleting = self._compile()
+        self._delete, self._delete_version = deleting
 
     # The contract -----------------------------------------------------------------------------------------------------
 
@@ -258,31 +253,36 @@ class SQLStore(SessionStore):
             check_save(change.record, change.expected)
         outcomes, order, many = [False] * len(changes), _in_order(changes), len(changes) >= _MANY
         with self._using() as database:
-            # Built before the transaction, for which others may have to wait.
-            statements = [self._statement(changes[n].record, changes[n].expected) for n in order]
             if many and database.rows_at_once > 1 and not any(change.expected for change in changes):
-                all_or_none = self._insert_together(database, [values for _, values in statements])
+                all_or_none = self._insert_together(database, [changes[n].record for n in order])
                 if all_or_none is not None:
                     return [all_or_none] * len(changes)
+            # Built before the transaction, for which others may have to wait.
+            statements = [self._statement(changes[n].record, changes[n].expected) for n in order]
             run: Any = database.execute_sql
             with database.of_many() if many else database.atomic():
                 for number, statement in zip(order, statements, strict=True):
                     outcomes[number] = bool(run(*statement).rowcount)
         return outcomes
 
-    def _insert_together(self, database: PerThread, rows: list[tuple[Any, ...]]) -> bool | None:
-        """Insert rows with few statements; says whether they were, all or none. ``None`` if some were there: then none is.
+    def _insert_together(self, database: PerThread, records: Sequence[SessionRecord]) -> bool | None:
+        """Insert records with few statements, all or none; says whether they were. ``None`` if some were there, not all.
 
         After every single statement the driver waits for the interpreter, in which other threads compute, for 5 ms each.
         """
+        rows = [self._insert_new(_values(record, 0))[1] for record in records]
         parts = [rows[start : start + database.rows_at_once] for start in range(0, len(rows), database.rows_at_once)]
-        statements = [(*self._insert.of_rows(part), sum(len(row[_DATA]) for row in part)) for part in parts]
-        with suppress(_SomeAreThere), database.of_many():
-            inserted = sum(database.insert_rows(*statement) for statement in statements)
-            if 0 < inserted < len(rows):
-                raise _SomeAreThere
-            return bool(inserted)
-        return None
+        statements = [self._insert_new.of_rows(part) for part in parts]
+        try:
+            database.insert_many(statements, len(rows), sum(len(record.data) for record in records))
+        except pw.IntegrityError:
+            return False if self._are_there({record.id for record in records}) else None
+        return True
+
+    def _are_there(self, ids: set[str]) -> bool:
+        every = sorted(ids)
+        parts = (frozenset(every[start : start + _PAGE]) for start in range(0, len(every), _PAGE))
+        return sum(self.count(SessionQuery(ids=part)) for part in parts) == len(every)
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         outcomes, order = [False] * len(deletions), _in_order(deletions)
@@ -430,6 +430,7 @@ class SQLStore(SessionStore):
         this, unchanged = model.id == given("id"), model.version == given("expected")
         queries = (
             (model.select(*(getattr(model, name) for name in _COLUMNS)).where(this), _OF_ID),
+            (model.insert(columns).as_rowcount(), _OF_RECORD),
             (model.insert(columns).on_conflict_ignore().as_rowcount(), _OF_RECORD),
             (model.update(changing).where(this & unchanged), _OF_RECORD),
             (model.delete().where(this), _OF_ID),
