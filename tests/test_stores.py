@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -793,7 +794,8 @@ def test_sqlite_indexes_of_each_namespace(database: Path) -> None:
         for namespace in ("web", "chat")
     }
     connection.close()
-    assert indexes["web"] == {(0, (None,)), (0, ("user_id", "tenant_id")), (1, ("id",))}  # by hour, which is no column
+    by_hour, by_user = (None,), (None, "user_id", "tenant_id")  # neither hour nor shard is a column
+    assert indexes["web"] == {(0, by_hour), (0, by_user), (1, ("id",))}
     assert indexes["chat"] == indexes["web"]
 
 
@@ -808,7 +810,7 @@ def test_sqlite_namespace_of_the_name_of_an_index(database: Path, name: str) -> 
 
 
 def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
-    """Data is the last column, so that nothing is behind it, and an index alone tells users and tenants."""
+    """Data is the last column, so that nothing is behind it, and an index alone tells users and tenants, to be sorted."""
     store = open_store(f"sqlite:///{database}")
     store.save(make_record(), expected=0)
     store.close()
@@ -819,7 +821,36 @@ def test_sqlite_statistics_need_not_read_data(database: Path) -> None:
     ).fetchall()
     connection.close()
     assert columns[-1] == "data"
-    assert [step[-1] for step in plan] == ["SCAN persist_session_web USING COVERING INDEX persist_session_web_user"]
+    assert plan[0][-1] == "SCAN persist_session_web USING COVERING INDEX persist_session_web_user"
+
+
+def test_sqlite_finds_the_sessions_of_a_user_by_an_index(database: Path) -> None:
+    """Also where they are counted, or those of one tenant are asked for."""
+    store, statements = open_store(f"sqlite:///{database}"), list[str]()
+    store.save(make_record(), expected=0)
+    connection = store._database.connection()  # type: ignore[attr-defined]
+    connection.set_trace_callback(statements.append)
+    for query in SessionQuery(user_id="alice"), SessionQuery(user_id="alice", tenant_id="acme"):
+        assert (len(list(store.find(query))), store.count(query)) == (1, 1)
+    connection.set_trace_callback(None)
+    plans = [connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchone()[-1] for statement in statements]
+    by_user = "SEARCH t1 USING INDEX persist_session_web_user (<expr>=? AND user_id=?"
+    assert plans == [f"{by_user})"] * 2 + [f"{by_user} AND tenant_id=?)"] * 2
+    store.close()
+
+
+def test_sqlite_stores_sessions_in_the_order_of_their_ids_in_few_pages(database: Path) -> None:
+    """As a restore does: of the index by user it changes those of a few shards, and not one page for each session."""
+    records = sorted((make_record(number, user_id=f"user {number}") for number in range(6000)), key=attrgetter("id"))
+    store = open_store(f"sqlite:///{database}")
+    assert all(store.save_many([Change(record=record, expected=0) for record in records[:5800]]))
+    store._database.settle()  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert all(store.save_many([Change(record=record, expected=0) for record in records[5800:]]))
+        _, pages, _ = other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    assert pages < 50
+    store.close()
 
 
 def test_sqlite_takes_many_changes_from_one_thread(database: Path) -> None:

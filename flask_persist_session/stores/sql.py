@@ -33,6 +33,7 @@ from ..records import (
     is_session_id,
 )
 from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
+from ..tokens import shard_of
 from . import Location
 from .base import (
     FIXED_FIELDS,
@@ -125,10 +126,9 @@ class SQLStore(SessionStore):
         self._open_database()
         before_fork(self._close_idle)
         after_fork(self._leave_to_parent)
-        of_sqlite = isinstance(self._database, pw.SqliteDatabase)
-        self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", of_sqlite)
-        self._by_hour = of_sqlite
-        self.writers = 1 if of_sqlite else SessionStore.writers
+        self._of_sqlite = isinstance(self._database, pw.SqliteDatabase)
+        self._model, self._leases, self._schema = _models(f"persist_session_{namespace}", self._of_sqlite)
+        self.writers = 1 if self._of_sqlite else SessionStore.writers
         self._histories = HistoryTable(self._model._meta.table_name, namespace, self._database)
         self._get, self._insert_new, self._insert, self._update, *deleting = self._compile()
         self._delete, self._delete_version = deleting
@@ -237,7 +237,6 @@ class SQLStore(SessionStore):
     def _tenants(self) -> Any:
         """Of each tenant, and of none: how many different users, how many sessions."""
         model, count = self._model, pw.fn.COUNT(pw.SQL("*")).alias("count")
-        # In the order of the index, so that SQLite need not sort.
         users = model.select(model.tenant_id, model.user_id, count).group_by(model.user_id, model.tenant_id).alias("users")
         different, sessions = pw.fn.COUNT(users.c.user_id), pw.fn.SUM(users.c.count)
         return pw.Select([users], [users.c.tenant_id, different, sessions]).group_by(users.c.tenant_id).tuples()
@@ -447,9 +446,7 @@ class SQLStore(SessionStore):
             conditions.append(model.id.in_([session_id for session_id in sorted(query.ids) if is_session_id(session_id)]))
         if query.id_prefix is not None:
             conditions.append(model.id.between(query.id_prefix, query.id_prefix.ljust(67, "f")))
-        for name in ("user_id", "tenant_id"):
-            if getattr(query, name) is not None:
-                conditions.append(getattr(model, name) == getattr(query, name))
+        conditions += self._owner(query)
         for name in ("created", "accessed", "expires"):
             column = getattr(model, f"{name}_at")
             after, before = getattr(query, f"{name}_after"), getattr(query, f"{name}_before")
@@ -465,14 +462,21 @@ class SQLStore(SessionStore):
             keys = self._keys(query.order_by)
             value, session_id = query.after
             values = [session_id] if query.by_id else [float(value), session_id]
-            if self._by_hour and query.order_by.removeprefix("-") == "expires_at":
+            if self._of_sqlite and query.order_by.removeprefix("-") == "expires_at":
                 values = [_hour(pw.Value(float(value))), *values]
             conditions.append(self._database.beyond(keys, values, descending=query.descending))
         return conditions
 
+    def _owner(self, query: SessionQuery) -> list[Any]:
+        """Whose sessions they are; for the index of SQLite, which begins with it, also in which shard those are."""
+        model, user_id, tenant_id = self._model, query.user_id, query.tenant_id
+        conditions = [_shard(model.id) == shard_of(user_id)] if user_id is not None and self._of_sqlite else []
+        conditions += [model.user_id == user_id] if user_id is not None else []
+        return conditions + ([model.tenant_id == tenant_id] if tenant_id is not None else [])
+
     def _hours(self, after: float | None, before: float | None) -> list[Any]:
         """What of an expiry within these bounds the index of SQLite judges: its hour."""
-        if not self._by_hour:
+        if not self._of_sqlite:
             return []
         hour = _hour(self._model.expires_at)
         conditions = [hour >= _hour(pw.Value(float(after)))] if after is not None else []
@@ -482,7 +486,7 @@ class SQLStore(SessionStore):
         name, model = order_by.removeprefix("-"), self._model
         if name == "id":
             return [model.id]
-        hour = [_hour(model.expires_at)] if name == "expires_at" and self._by_hour else []
+        hour = [_hour(model.expires_at)] if name == "expires_at" and self._of_sqlite else []
         return [*hour, getattr(model, name), model.id]
 
     def _keys_of_index(self, query: SessionQuery) -> list[Any]:
@@ -490,7 +494,7 @@ class SQLStore(SessionStore):
         if query.expires_before is None:
             return self._keys("id")
         # A table of SQLite keeps the number of a row as long as it has an index, VACUUM or not.
-        return [_hour(self._model.expires_at), pw.SQL("rowid")] if self._by_hour else self._keys("expires_at")
+        return [_hour(self._model.expires_at), pw.SQL("rowid")] if self._of_sqlite else self._keys("expires_at")
 
     def _in_parts(self, query: SessionQuery, ids: list[str]) -> Iterator[SessionRecord]:
         """What *query* finds, unordered and uncut; a database takes only so many parameters at once."""
@@ -636,10 +640,13 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     # and a renewal seldom moves an entry; by the second each of them would write a page of its own.
     expiry = _hour(Session.expires_at) if of_sqlite else Session.expires_at
     Session.add_index(pw.ModelIndex(Session, [expiry], name=f"{table}_expiry"))
-    # With the tenant SQLite counts users in the index alone, ten times as fast. Other databases do not need that, and
-    # limit what one entry may hold to less than the longest names take.
-    second = Session.tenant_id if of_sqlite else Session.created_at
-    Session.add_index(pw.ModelIndex(Session, [Session.user_id, second], name=f"{table}_user"))
+    # In SQLite by shard first, for the same reason: archives are in the order of ids, and so of shards. With the tenant it
+    # counts users in the index alone, ten times as fast. Other databases do not need that, and limit what one entry may
+    # hold to less than the longest names take.
+    of_user = (
+        [_shard(Session.id), Session.user_id, Session.tenant_id] if of_sqlite else [Session.user_id, Session.created_at]
+    )
+    Session.add_index(pw.ModelIndex(Session, of_user, name=f"{table}_user"))
 
     class Lease(pw.Model):
         name = Name(primary_key=True)
@@ -662,6 +669,11 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
 def _hour(moment: Any) -> Any:
     """In which hour a moment of SQL is, given in seconds."""
     return (moment / pw.SQL("3600")).cast("INTEGER")
+
+
+def _shard(session_id: Any) -> Any:
+    """In which shard the session of an id of SQL is, and all others of its user."""
+    return pw.fn.SUBSTR(session_id, pw.SQL("1"), pw.SQL("3"))
 
 
 # Statements and rows --------------------------------------------------------------------------------------------------
