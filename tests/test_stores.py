@@ -579,6 +579,19 @@ def test_sqlite_empties_its_log_once_at_a_time(database: Path, monkeypatch: pyte
     assert len(begun) == 2
 
 
+def test_sqlite_empties_its_log_after_a_transaction(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not within it: what is not committed cannot be copied yet."""
+    monkeypatch.setattr(databases, "_PAGES_TO_EMPTY", 1)
+    within: list[bool] = []
+    monkeypatch.setattr(databases._SQLite, "_empty_log_beside", lambda self: within.append(self.in_transaction()))
+    store = open_store(f"sqlite:///{database}")
+    store.get(make_record().id)
+    within.clear()
+    store.transaction([Change(record=make_record(number), expected=0) for number in range(5)])
+    assert within == [False]
+    store.close()
+
+
 def test_a_fork_in_a_transaction_waits_until_the_log_is_emptied(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child would inherit the connection of a thread that it does not have, and the locks of SQLite itself."""
     store = open_store(f"sqlite:///{database}")
@@ -655,8 +668,13 @@ def test_sqlite_inserts_many_in_a_single_statement(database: Path) -> None:
     store, statements = open_store(f"sqlite:///{database}"), list[str]()
     store.get(make_record().id)
     store._database.connection().set_trace_callback(statements.append)  # type: ignore[attr-defined]
-    assert all(store.save_many([Change(record=make_record(number), expected=0) for number in range(100)]))
+    changes = [Change(record=make_record(number), expected=0) for number in range(600)]
+    assert all(store.save_many(changes))
     assert [statement.split()[0] for statement in statements] == ["PRAGMA", "INSERT"]
+    statements.clear()
+    assert not any(store.save_many(changes))
+    begun = [statement[:12] for statement in statements]
+    assert begun == ["PRAGMA cache", "INSERT INTO ", *["SELECT COUNT"] * 2]  # only so many ids are in one statement
     store.close()
 
 
