@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import update_wrapper
 from typing import Any, Literal, TypeAlias, TypeVar
 
 _T = TypeVar("_T")
@@ -42,13 +43,12 @@ def _setting_slots(cls: type[_T]) -> type[_T]:
     That takes twice as long or more, and every request makes some records, a restore a million.
     """
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    setters = {f"set_{name}": cls.__dict__[name].__set__ for name in names}
-    body = "".join(f"\n set_{name}(self, {name})" for name in names)
+    setters = ", ".join(f"set_{name}" for name in names)
+    body = "".join(f"\n  set_{name}(self, {name})" for name in names)
     made: dict[str, Any] = {}
-    exec(f"def __init__(self, *, {', '.join(names)}):{body}", setters, made)
-    made["__init__"].__qualname__ = cls.__init__.__qualname__  # which is what is said where an argument is missing
-    made["__init__"].__annotations__ = cls.__init__.__annotations__
-    cls.__init__ = made["__init__"]  # type: ignore[method-assign]
+    exec(f"def make({setters}):\n def __init__(self, *, {', '.join(names)}):{body}\n return __init__", globals(), made)
+    init = made["make"](*(cls.__dict__[name].__set__ for name in names))
+    cls.__init__ = update_wrapper(init, cls.__init__)  # type: ignore[method-assign]
     return cls
 
 

@@ -451,7 +451,7 @@ def test_each_compression_reads_what_the_other_wrote(
     good: str, manager: SessionManager, clock: Clock, compression: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An archive may be restored where isal is installed, and was not, or the other way round."""
-    other = fastest_zlib() if compression is zlib else zlib
+    other = pytest.importorskip("isal.isal_zlib") if compression is zlib else zlib
     monkeypatch.setattr(archive_module, "fastest_zlib", lambda: other)
     empty = new_manager(clock)
     load(empty, good)

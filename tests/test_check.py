@@ -430,6 +430,19 @@ def tell(database: Path, *statements: str) -> None:
         connection.commit()
 
 
+def test_a_row_that_was_given_another_user_is_told(sqlite: SessionStore, database: Path) -> None:
+    """Its id says in which shard the sessions of its user are looked for; nobody's may be anywhere."""
+    moved, nobodys = make_record(1, user_id="bob"), make_record(2, user_id=None)
+    for record in moved, nobodys:
+        sqlite.save(record, expected=0)
+    tell(database, f"UPDATE persist_session_web SET user_id = 'robert' WHERE id = '{moved.id}'")
+    assert not list(sqlite.find(SessionQuery(user_id="robert")))
+    for repair in False, True:
+        [finding] = sqlite.check(repair=repair)
+        assert (finding.kind, finding.where, finding.repaired) == ("index", moved.id, False)
+        assert "Set the user back" in finding.text
+
+
 def test_missing_index_is_created(sqlite: SessionStore, database: Path) -> None:
     """An index that is missing is made again."""
     tell(database, "DROP INDEX persist_session_web_expiry")

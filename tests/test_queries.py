@@ -1,20 +1,33 @@
-"""What a query is, whatever the store."""
+"""What a query and a record are, whatever the store."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import FrozenInstanceError, replace
+from typing import Any, get_type_hints
 
 import pytest
 
-from flask_persist_session import SessionManager, SessionQuery, open_store
+from flask_persist_session import SessionManager, SessionQuery, SessionRecord, open_store
 from flask_persist_session.testing import make_record
 from tests.servers import RedisServer
 
 ID = make_record().id
 OTHER = make_record(1).id
+
+
+def test_a_record_says_what_it_is_made_of() -> None:
+    """Its ``__init__`` is not the one of dataclasses, and tells tools the same; a record stays as it is made."""
+    init = SessionRecord.__init__
+    assert get_type_hints(init) == get_type_hints(SessionRecord) | {"return": type(None)}
+    assert init.__module__ == SessionRecord.__module__
+    with pytest.raises(
+        TypeError, match=r"SessionRecord.__init__\(\) missing 11 required keyword-only arguments: 'user_id'"
+    ):
+        SessionRecord(id="")  # type: ignore[call-arg]
+    with pytest.raises(FrozenInstanceError):
+        make_record().id = ""  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ translated: Any = pw.__exception_wrapper__  # type: ignore[attr-defined]
 #: Seconds after which whoever waits for SQLite's lock looks at it for the first time, and at most between two looks; SQLite
 #: itself looks every 10 to 100 ms.
 _FIRST_LOOK, _LONGEST_BETWEEN_LOOKS = 0.0005, 0.005
+#: What SQLite says then, and nothing else.
+_LOCKED = "database is locked"
 #: Seconds between two transactions of many changes: whoever waits looks meanwhile, be it a little late.
 _FOR_OTHERS = 0.008
 #: Seconds that nobody waits for.
@@ -152,13 +154,14 @@ class PerThread(pw.Database):
         return self.atomic()
 
     def insert_many(self, statements: Sequence[tuple[str, Sequence[Any]]], rows: int, size: int) -> None:
-        """Run statements that insert so many rows, with about so many bytes of data: all of them or none.
+        """Run statements that insert so many rows, with about so many bytes of text and data: all of them or none.
 
         Raises ``IntegrityError`` if one of the rows is there already.
         """
         with self.of_many():
-            for statement in statements:
-                self.execute_sql(*statement)  # type: ignore[no-untyped-call]
+            run: Any = self.execute_sql
+            if sum(run(*statement).rowcount for statement in statements) < rows:
+                raise pw.IntegrityError("some of the rows are there already")
 
     def count_written(self, rows: int, size: int) -> None:
         """Told how many rows, and about how many bytes of data, a transaction writes without ``execute_sql``."""
@@ -227,16 +230,28 @@ class _SQLite(PerThread, pw.SqliteDatabase):
         return cursor
 
     def insert_many(self, statements: Sequence[tuple[str, Sequence[Any]]], rows: int, size: int) -> None:
-        if len(statements) > 1:
+        if len(statements) > 1 or not self._insert_at_once(*statements[0]):
             super().insert_many(statements, rows, size)
             return
-        self._prepare_for_many()
-        with self._turn():
-            # Not between BEGIN and COMMIT: so the lock is taken once the values are bound, and nothing that holds it waits
-            # for the interpreter, in which other threads compute.
-            self._run(*statements[0])
         self.count_written(rows, size)
         self._after_commit()
+
+    def _insert_at_once(self, sql: str, values: Sequence[Any]) -> bool:
+        """Run a statement that inserts many rows, unless somebody else has the lock; says whether it was run.
+
+        It is no transaction with BEGIN and COMMIT: so the lock is taken once the values are bound, and who has it waits for
+        no other thread that computes. But who waited for the lock like this would bind all values for each look at it.
+        """
+        self._prepare_for_many()
+        try:
+            with self._turn():
+                super().execute_sql(sql, values)  # type: ignore[no-untyped-call]
+        except pw.OperationalError as error:
+            if str(error) != _LOCKED:
+                raise
+            self._others_until = 0.0  # they have it now
+            return False
+        return True
 
     def count_written(self, rows: int, size: int) -> None:
         self._pages += max(0, rows) * _PAGES_OF_A_CHANGE + size // _PAGE_SIZE
@@ -351,7 +366,7 @@ class _SQLite(PerThread, pw.SqliteDatabase):
             except pw.OperationalError as error:
                 # Within a transaction nothing waits: it has had the lock since it began. Other locks are this connection's
                 # own, and other messages name tables, which may be called anything.
-                if str(error) != "database is locked" or self.in_transaction() or time.monotonic() > ends:
+                if str(error) != _LOCKED or self.in_transaction() or time.monotonic() > ends:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_BETWEEN_LOOKS)

@@ -79,6 +79,9 @@ _COLUMNS = tuple(field.name for field in fields(SessionRecord))
 #: The names of what statements are given, in their order: those that store a record, and the others.
 _OF_RECORD = (*_COLUMNS, "expected")
 _OF_ID = ("id", "expected")
+#: Where in the former the version is that is replaced, and what may be large.
+_EXPECTED = _OF_RECORD.index("expected")
+_LARGE = tuple(map(_OF_RECORD.index, ("tags", "metadata", "data")))
 
 
 def open_location(location: Location, namespace: str) -> SQLStore:
@@ -251,31 +254,32 @@ class SQLStore(SessionStore):
         for change in changes:
             check_save(change.record, change.expected)
         outcomes, order, many = [False] * len(changes), _in_order(changes), len(changes) >= _MANY
+        # Built before the transaction, for which others may have to wait.
+        values = [_values(changes[n].record, changes[n].expected) for n in order]
         with self._using() as database:
             if many and database.rows_at_once > 1 and not any(change.expected for change in changes):
-                all_or_none = self._insert_together(database, [changes[n].record for n in order])
+                all_or_none = self._insert_together(database, values)
                 if all_or_none is not None:
                     return [all_or_none] * len(changes)
-            # Built before the transaction, for which others may have to wait.
-            statements = [self._statement(changes[n].record, changes[n].expected) for n in order]
+            statements = [self._statement(given) for given in values]
             run: Any = database.execute_sql
             with database.of_many() if many else database.atomic():
                 for number, statement in zip(order, statements, strict=True):
                     outcomes[number] = bool(run(*statement).rowcount)
         return outcomes
 
-    def _insert_together(self, database: PerThread, records: Sequence[SessionRecord]) -> bool | None:
-        """Insert records with few statements, all or none; says whether they were. ``None`` if some were there, not all.
+    def _insert_together(self, database: PerThread, values: Sequence[tuple[Any, ...]]) -> bool | None:
+        """Insert rows with few statements, all or none; says whether they were. ``None`` if some were there, not all.
 
         After every single statement the driver waits for the interpreter, in which other threads compute, for 5 ms each.
         """
-        rows = [self._insert_new(_values(record, 0))[1] for record in records]
+        rows = [self._insert_new(given)[1] for given in values]
         parts = [rows[start : start + database.rows_at_once] for start in range(0, len(rows), database.rows_at_once)]
         statements = [self._insert_new.of_rows(part) for part in parts]
         try:
-            database.insert_many(statements, len(rows), sum(len(record.data) for record in records))
+            database.insert_many(statements, len(rows), sum(len(given[n]) for given in values for n in _LARGE))
         except pw.IntegrityError:
-            return False if self._are_there({record.id for record in records}) else None
+            return False if self._are_there({given[0] for given in values}) else None
         return True
 
     def _are_there(self, ids: set[str]) -> bool:
@@ -409,10 +413,10 @@ class SQLStore(SessionStore):
     # BEGIN IMMEDIATE, waiting for it within the timeout.
 
     def _save(self, database: pw.Database, record: SessionRecord, expected: int) -> bool:
-        return bool(database.execute_sql(*self._statement(record, expected)).rowcount)
+        return bool(database.execute_sql(*self._statement(_values(record, expected))).rowcount)
 
-    def _statement(self, record: SessionRecord, expected: int) -> tuple[str, tuple[Any, ...]]:
-        return (self._insert if expected == 0 else self._update)(_values(record, expected))
+    def _statement(self, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+        return (self._update if values[_EXPECTED] else self._insert)(values)
 
     def _remove(self, database: pw.Database, deletion: Deletion) -> bool:
         if not is_session_id(deletion.id):
@@ -427,10 +431,13 @@ class SQLStore(SessionStore):
         # SQLite writes the index of every column that is named, even if its value stays: that doubles the time.
         changing = {name: value for name, value in columns.items() if name not in FIXED_FIELDS}
         this, unchanged = model.id == given("id"), model.version == given("expected")
+        insert = model.insert(columns).on_conflict_ignore().as_rowcount()
+        # PostgreSQL would log each batch that meets a row which is there.
+        insert_new = model.insert(columns).as_rowcount() if self._of_sqlite else insert
         queries = (
             (model.select(*(getattr(model, name) for name in _COLUMNS)).where(this), _OF_ID),
-            (model.insert(columns).as_rowcount(), _OF_RECORD),
-            (model.insert(columns).on_conflict_ignore().as_rowcount(), _OF_RECORD),
+            (insert_new, _OF_RECORD),
+            (insert, _OF_RECORD),
             (model.update(changing).where(this & unchanged), _OF_RECORD),
             (model.delete().where(this), _OF_ID),
             (model.delete().where(this & unchanged), _OF_ID),
@@ -640,9 +647,9 @@ def _models(table: str, of_sqlite: bool) -> tuple[Any, Any, Any]:
     # and a renewal seldom moves an entry; by the second each of them would write a page of its own.
     expiry = _hour(Session.expires_at) if of_sqlite else Session.expires_at
     Session.add_index(pw.ModelIndex(Session, [expiry], name=f"{table}_expiry"))
-    # In SQLite by shard first, for the same reason: archives are in the order of ids, and so of shards. With the tenant it
-    # counts users in the index alone, ten times as fast. Other databases do not need that, and limit what one entry may
-    # hold to less than the longest names take.
+    # SQLite has the sessions of users by shard first, because archives are in the order of ids, and so of shards. With the
+    # tenant it counts all users in the index alone, ten times as fast. Other databases do not need that, and limit what
+    # one entry may hold to less than the longest names take.
     of_user = (
         [_shard(Session.id), Session.user_id, Session.tenant_id] if of_sqlite else [Session.user_id, Session.created_at]
     )

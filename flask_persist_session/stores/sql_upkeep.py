@@ -13,6 +13,7 @@ import peewee as pw
 
 from ..exceptions import SerializationError
 from ..records import Finding, Improvement, SessionRecord
+from ..tokens import shard_of
 from .databases import PerThread, size_of
 
 _PAGE = 500
@@ -138,10 +139,16 @@ class SQLCheck:
 
     def _row(self, values: dict[str, Any]) -> Iterator[Finding]:
         try:
-            self._seen(self._read(values))
+            record = self._read(values)
+            self._seen(record)
         except SerializationError as error:
             text = f"{error}; it stays, and counts as corrupt for its user. To remove it, delete the row or the session"
             yield Finding(kind="record", where=str(values["id"]), text=text)
+            return
+        of_sqlite = isinstance(self._database, pw.SqliteDatabase)
+        if of_sqlite and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
+            text = "somebody changed its user, whose lists of sessions lack it. Set the user back, or delete the session"
+            yield Finding(kind="index", where=record.id, text=text)
 
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         return fetched(self._database, statement, parameters)
