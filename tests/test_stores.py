@@ -714,6 +714,25 @@ def test_sqlite_waits_for_the_lock_before_it_binds_many_values(database: Path, m
     store.close()
 
 
+def test_sqlite_tries_many_once_where_no_lock_is_in_the_way(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that waiting does not mend is told at once."""
+    store, tried = open_store(f"sqlite:///{database}"), list[str]()
+    store.get(make_record().id)
+    execute = pw.SqliteDatabase.execute_sql
+
+    def fails(self: Any, sql: str, values: Any = None) -> Any:
+        tried.append(sql.split()[0])
+        if tried[-1] == "INSERT":
+            raise pw.OperationalError("database or disk is full")
+        return execute(self, sql, values)
+
+    monkeypatch.setattr(pw.SqliteDatabase, "execute_sql", fails)
+    with pytest.raises(StoreError, match="full"):
+        store.save_many([Change(record=make_record(number), expected=0) for number in range(100)])
+    assert tried.count("INSERT") == 1
+    store.close()
+
+
 def test_sqlite_empties_its_log_of_large_descriptions_too(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metadata and tags take pages like data; many rows together are counted like single ones."""
     store, size = open_store(f"sqlite:///{database}"), 20 * 4096
