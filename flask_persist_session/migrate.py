@@ -17,7 +17,7 @@ from .archive import Progress, silent
 from .exceptions import SerializationError, SessionConflict, UnsupportedByStore
 from .lifetime import is_processed
 from .records import Change, SessionQuery, SessionRecord
-from .stores.base import SessionStore
+from .stores.base import SessionStore, check_save
 from .stores.history import copy_history
 from .stores.migrating import MigratingStore
 
@@ -32,7 +32,8 @@ SAMPLE = 1000
 class MigrationReport:
     """What a migration did: how many sessions were *copied*, *updated* because the source had a later state, *present*
     in the target as they are, and left behind because they had *expired*. *compared* sessions were read again from both
-    stores at the end; *different* are the ids of those that are not alike, and of those with damaged histories.
+    stores at the end; *different* are the ids of those that are not alike, of those with damaged histories, and of those
+    that no store takes, such as a row of SQL whose user somebody changed.
     *only_there* sessions are active in the target and unknown to the source: they began there, or ended here and were
     cleaned up since an earlier copy."""
 
@@ -83,7 +84,7 @@ class Migration:
         self._counts: Counter[str] = Counter()
         self._sample: list[str] = []
         self._seen = 0
-        #: Ids of sessions whose histories could not be read to the end.
+        #: Ids of sessions that no store takes, and of those whose histories could not be read to the end.
         self._damaged: dict[str, None] = {}
 
     def run(self) -> MigrationReport:
@@ -108,15 +109,25 @@ class Migration:
 
     def _copy(self, records: Iterator[SessionRecord], *, again: bool = False) -> None:
         while batch := list(islice(records, _BATCH)):
-            wanted = [record for record in batch if not self._is_over(record)]
+            lasting = [record for record in batch if not self._is_over(record)]
+            wanted = list(filter(self._can_be_saved, lasting))
             saved = self._target.save_many([Change(record=record, expected=0) for record in wanted])
             for record, is_new in zip(wanted, saved, strict=True):
                 self._note(record, "copied" if is_new else self._update(record), again)
                 if self._with_history:
                     self._copy_readable_history(record.id)
             if not again:
-                self._counts["expired"] += len(batch) - len(wanted)
+                self._counts["expired"] += len(batch) - len(lasting)
                 self._progress(len(batch))
+
+    def _can_be_saved(self, record: SessionRecord) -> bool:
+        try:
+            check_save(record, 0)
+        except ValueError as error:
+            log.warning("a session was not copied: %s", error)
+            self._damaged[record.id] = None
+            return False
+        return True
 
     def _copy_readable_history(self, session_id: str) -> None:
         try:

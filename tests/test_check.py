@@ -440,7 +440,7 @@ def test_a_row_that_was_given_another_user_is_told(sqlite: SessionStore, databas
     for repair in False, True:
         [finding] = sqlite.check(repair=repair)
         assert (finding.kind, finding.where, finding.repaired) == ("index", moved.id, False)
-        assert "Set the user back" in finding.text
+        assert "changed to 'robert', whose lists lack it. Set the user back, or delete the row" in finding.text
 
 
 def test_missing_index_is_created(sqlite: SessionStore, database: Path) -> None:

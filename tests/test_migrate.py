@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from flask_persist_session import (
 )
 from flask_persist_session.migrate import Migration
 from flask_persist_session.stores.migrating import MigratingStore
+from flask_persist_session.testing import make_record
 from tests.conftest import Clock
 from tests.counting import CountingStore
 from tests.killing import MANY, assert_whole, killed_runs
@@ -153,6 +156,21 @@ def test_a_copy_that_is_not_alike_is_named(clock: Clock) -> None:
 
     target.save_many = damage  # type: ignore[method-assign]
     assert Migration(source, target, clock).run().different == (session_id,)
+
+
+def test_a_session_that_no_store_takes_is_named_and_the_others_are_copied(tmp_path: Path, clock: Clock) -> None:
+    """As a row whose user somebody changed with SQL: its id is not in the shard of that user."""
+    path = tmp_path / "old.db"
+    source, target = open_store(f"sqlite:///{path}"), open_store("memory://")
+    records = [make_record(number, user_id="bob", expires_at=clock() + 60) for number in range(3)]
+    for record in records:
+        source.save(record, expected=0)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE persist_session_web SET user_id = 'robert' WHERE id = ?", (records[1].id,))
+    report = Migration(source, target, clock).run()
+    assert (report.copied, report.expired, report.different) == (2, 0, (records[1].id,))
+    assert {record.id for record in target.scan()} == {records[0].id, records[2].id}
+    source.close()
 
 
 def test_a_copy_keeps_few_records_in_memory(clock: Clock) -> None:

@@ -147,7 +147,7 @@ class SQLCheck:
             return
         of_sqlite = isinstance(self._database, pw.SqliteDatabase)
         if of_sqlite and record.user_id is not None and record.id[:3] != shard_of(record.user_id):
-            text = "somebody changed its user, whose lists of sessions lack it. Set the user back, or delete the session"
+            text = f"its user was changed to {record.user_id!r}, whose lists lack it. Set the user back, or delete the row"
             yield Finding(kind="index", where=record.id, text=text)
 
     def _run(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
