@@ -569,24 +569,27 @@ class Codec:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
+def values_of(record: SessionRecord) -> tuple[Any, ...]:
+    """What ``record_of`` makes the record of again: its fields in their order, tags and metadata as text."""
+    return (
+        record.id,
+        record.user_id,
+        record.tenant_id,
+        dump_tags(record.tags),
+        dump_metadata(record.metadata),
+        record.data,
+        record.created_at,
+        record.accessed_at,
+        record.expires_at,
+        record.ended_at,
+        record.end_reason,
+        record.version,
+    )
+
+
 def pack_record(record: SessionRecord) -> bytes:
     """A whole record as bytes, for stores that keep one value per session."""
-    return ormsgpack.packb(
-        [
-            record.id,
-            record.user_id,
-            record.tenant_id,
-            dump_tags(record.tags),
-            dump_metadata(record.metadata),
-            record.data,
-            record.created_at,
-            record.accessed_at,
-            record.expires_at,
-            record.ended_at,
-            record.end_reason,
-            record.version,
-        ]
-    )
+    return ormsgpack.packb(values_of(record))
 
 
 def unpack_record(packed: bytes | memoryview) -> SessionRecord:

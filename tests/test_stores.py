@@ -42,8 +42,8 @@ from flask_persist_session import (
     StoreUnavailable,
     open_store,
 )
-from flask_persist_session.serializers import pack_record
-from flask_persist_session.stores import databases, sql
+from flask_persist_session.serializers import pack_record, values_of
+from flask_persist_session.stores import databases
 from flask_persist_session.stores.base import add_up
 from flask_persist_session.stores.cached import CachedStore
 from flask_persist_session.stores.frames import framed
@@ -682,7 +682,7 @@ def test_sqlite_binds_no_value_of_a_column_that_no_row_fills(database: Path) -> 
     """To bind None takes its driver longer than any other value."""
     store = open_store(f"sqlite:///{database}")
     empty = {"tenant_id": None, "ended_at": None, "end_reason": None}
-    rows = [sql._values(make_record(number, **empty), 0)[:-1] for number in range(3)]  # type: ignore[attr-defined]
+    rows = [values_of(make_record(number, **empty)) for number in range(3)]  # type: ignore[attr-defined]
     statement, values = store._insert_new.of_rows(rows)  # type: ignore[attr-defined]
     assert (statement.count("NULL"), statement.count("?"), len(values)) == (9, 27, 27)
     assert None not in values

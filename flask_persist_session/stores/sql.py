@@ -32,7 +32,7 @@ from ..records import (
     StoreStats,
     is_session_id,
 )
-from ..serializers import DAMAGED, dump_metadata, dump_tags, record_of
+from ..serializers import DAMAGED, record_of, values_of
 from ..tokens import shard_of
 from . import Location
 from .base import (
@@ -255,7 +255,7 @@ class SQLStore(SessionStore):
             check_save(change.record, change.expected)
         outcomes, order, many = [False] * len(changes), _in_order(changes), len(changes) >= _MANY
         # Built before the transaction, for which others may have to wait.
-        values = [_values(changes[n].record, changes[n].expected) for n in order]
+        values = [(*values_of(changes[n].record), changes[n].expected) for n in order]
         with self._using() as database:
             if many and database.rows_at_once > 1 and not any(change.expected for change in changes):
                 all_or_none = self._insert_together(database, values)
@@ -413,7 +413,7 @@ class SQLStore(SessionStore):
     # BEGIN IMMEDIATE, waiting for it within the timeout.
 
     def _save(self, database: pw.Database, record: SessionRecord, expected: int) -> bool:
-        return bool(database.execute_sql(*self._statement(_values(record, expected))).rowcount)
+        return bool(database.execute_sql(*self._statement((*values_of(record), expected))).rowcount)
 
     def _statement(self, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         return (self._update if values[_EXPECTED] else self._insert)(values)
@@ -731,24 +731,6 @@ class _Statement:
         cells = [cell if is_used else "NULL" for cell, is_used in zip(row[1:-1].split(", "), used, strict=True)]
         values = chain.from_iterable(map(itemgetter(*compress(count(), used)), rows))
         return before + ", ".join([f"({', '.join(cells)})"] * len(rows)) + after, tuple(values)
-
-
-def _values(record: SessionRecord, expected: int) -> tuple[Any, ...]:
-    return (
-        record.id,
-        record.user_id,
-        record.tenant_id,
-        dump_tags(record.tags),
-        dump_metadata(record.metadata),
-        record.data,
-        record.created_at,
-        record.accessed_at,
-        record.expires_at,
-        record.ended_at,
-        record.end_reason,
-        record.version,
-        expected,
-    )
 
 
 def _record(row: Sequence[Any]) -> SessionRecord:
