@@ -182,7 +182,7 @@ class SQLStore(SessionStore):
         if not can_match(query):
             return iter(())
         if query.ids is not None and len(query.ids) > _PAGE:
-            return order_and_cut(self._in_parts(query, sorted(query.ids)), query)
+            return order_and_cut(chain.from_iterable(map(self.find, _parts(query, query.ids))), query)
         # What the database cannot judge is judged on what it yields; then it cannot cut either.
         rest = _without_what_sql_judges(query)
         if rest is None:
@@ -191,15 +191,15 @@ class SQLStore(SessionStore):
         return islice(matching, query.offset, None if query.limit is None else query.offset + query.limit)
 
     def count(self, query: SessionQuery) -> int:
-        if (
-            not can_match(query)
-            or _without_what_sql_judges(query) is not None
-            or (query.ids is not None and len(query.ids) > _PAGE)
-        ):
+        if not can_match(query) or _without_what_sql_judges(query) is not None:
             return super().count(query)
-        with self._using() as database:
-            found = self._model.select(pw.fn.COUNT(pw.SQL("*"))).where(*self._conditions(query)).scalar(database)
-        rest = max(0, int(found) - query.offset)
+        if query.ids is not None and len(query.ids) > _PAGE:
+            found = sum(map(self.count, _parts(query, query.ids)))
+        else:
+            with self._using() as database:
+                statement = self._model.select(pw.fn.COUNT(pw.SQL("*"))).where(*self._conditions(query))
+                found = int(statement.scalar(database))
+        rest = max(0, found - query.offset)
         return rest if query.limit is None else min(rest, query.limit)
 
     def stats(self, *, now: float) -> StoreStats:
@@ -279,13 +279,9 @@ class SQLStore(SessionStore):
         try:
             database.insert_many(statements, len(rows), sum(len(given[n]) for given in values for n in _LARGE))
         except pw.IntegrityError:
-            return False if self._are_there({given[0] for given in values}) else None
+            ids = frozenset(given[0] for given in values)
+            return False if self.count(SessionQuery(ids=ids)) == len(ids) else None
         return True
-
-    def _are_there(self, ids: set[str]) -> bool:
-        every = sorted(ids)
-        parts = (frozenset(every[start : start + _PAGE]) for start in range(0, len(every), _PAGE))
-        return sum(self.count(SessionQuery(ids=part)) for part in parts) == len(every)
 
     def delete_many(self, deletions: Sequence[Deletion]) -> list[bool]:
         outcomes, order = [False] * len(deletions), _in_order(deletions)
@@ -502,12 +498,6 @@ class SQLStore(SessionStore):
             return self._keys("id")
         # A table of SQLite keeps the number of a row as long as it has an index, VACUUM or not.
         return [_hour(self._model.expires_at), pw.SQL("rowid")] if self._of_sqlite else self._keys("expires_at")
-
-    def _in_parts(self, query: SessionQuery, ids: list[str]) -> Iterator[SessionRecord]:
-        """What *query* finds, unordered and uncut; a database takes only so many parameters at once."""
-        for start in range(0, len(ids), _PAGE):
-            part = frozenset(ids[start : start + _PAGE])
-            yield from self.find(replace(query.uncut(), ids=part))
 
     def _pages(self, query: SessionQuery, offset: int, limit: int | None) -> Iterator[SessionRecord]:
         """The rows page by page, each starting after the last one, so that no cursor and no snapshot is held open."""
@@ -742,6 +732,13 @@ def _record(row: Sequence[Any]) -> SessionRecord:
 
 def _named_record(values: dict[str, Any]) -> SessionRecord:
     return _record([values[name] for name in _COLUMNS])
+
+
+def _parts(query: SessionQuery, ids: frozenset[str]) -> Iterator[SessionQuery]:
+    """Queries that find together what *query* with its *ids* does, uncut: a database takes only so many parameters."""
+    every = sorted(ids)
+    for start in range(0, len(every), _PAGE):
+        yield replace(query.uncut(), ids=frozenset(every[start : start + _PAGE]))
 
 
 def _without_what_sql_judges(query: SessionQuery) -> SessionQuery | None:
